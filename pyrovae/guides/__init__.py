@@ -1,0 +1,1 @@
+"""Guides q(z | x): importable into any Pyro program."""

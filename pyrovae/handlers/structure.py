@@ -1,0 +1,421 @@
+"""What a program is made of: its latent sites, observed sites and plates, read from one validated pilot run.
+
+Methods assume nothing of a program's names. :func:`read_structure` runs it once and returns frozen descriptors;
+:func:`run_sites` runs it again with given values for its latents and returns the sites it met. Both leave the user's
+random state and parameter store alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyrovae.handlers.own_params import own_params
+from pyrovae.ops import isolated_rng
+
+Kind = Literal["bit", "integer", "one_hot", "real", "relaxed_bit", "relaxed_one_hot", "other"]
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorised plate: `size` rows are seen of `full_size`, along the (negative) dim `dim`."""
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent site, as the pilot run met it.
+
+    A finite site is a vector of `components`, each with `cardinality` values; its states are told by *codes*, integers
+    `[..., components]` in [0, cardinality).
+    """
+
+    name: str
+    kind: Kind
+    batch_shape: torch.Size
+    event_shape: torch.Size
+    plates: tuple[Plate, ...]
+    cardinality: int
+    components: int
+    low: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def finite(self) -> bool:
+        """Whether the site takes finitely many values."""
+        return self.kind in ("bit", "integer", "one_hot")
+
+    @property
+    def plate_dims(self) -> frozenset[int]:
+        """The dims of the site's plates."""
+        return frozenset(plate.dim for plate in self.plates)
+
+    @property
+    def num_states(self) -> int:
+        """The number of values of the whole site (of one element of its plates)."""
+        return int(self.cardinality**self.components)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values `[..., *event_shape]` of codes `[..., components]`."""
+        if self.kind == "one_hot":
+            values = torch.nn.functional.one_hot(codes.long(), self.cardinality)
+        else:
+            values = codes + self.low
+        return values.to(self.dtype).reshape(codes.shape[:-1] + self.event_shape)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Codes `[..., components]` of values `[..., *event_shape]`."""
+        batch = values.shape[: values.dim() - len(self.event_shape)]
+        if self.kind == "one_hot":
+            return values.argmax(-1).reshape((*batch, self.components))
+        return (values.reshape((*batch, self.components)) - self.low).round().long()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An observed site: its name, its plates and the number of elements of one event."""
+
+    name: str
+    plates: tuple[Plate, ...]
+    event_shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The sites and plates of a program at given arguments.
+
+    Attributes:
+        latents: in the order of the program.
+        observed: likewise.
+        batch: the plates that enclose every latent and every observed site, left to right.
+        plate_depth: how many dims, counted from the right, plates take.
+        subsample: the indices that random plates drew in the pilot run; every later run sees the same rows.
+        leaves: the unconstrained parameters that the program used, by name.
+        sequential: names of sequential plates.
+    """
+
+    latents: tuple[Latent, ...]
+    observed: tuple[Observed, ...]
+    batch: tuple[Plate, ...]
+    plate_depth: int
+    subsample: dict[str, Tensor] = field(repr=False)
+    leaves: dict[str, Tensor] = field(repr=False)
+    sequential: tuple[str, ...] = ()
+
+    @property
+    def plates(self) -> frozenset[Plate]:
+        """All plates around latents and observed sites."""
+        return frozenset(p for site in self.latents for p in site.plates) | frozenset(
+            p for site in self.observed for p in site.plates
+        )
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The shape of results per datum."""
+        return torch.Size(plate.size for plate in self.batch)
+
+    def to_batch(self, table: Tensor) -> Tensor:
+        """Bring `[..., *plate dims]`, of size 1 outside the batch, to `[..., *batch_shape]`."""
+        lead = table.shape[: table.dim() - self.plate_depth] if self.plate_depth else table.shape
+        wide = [1] * self.plate_depth
+        for plate in self.batch:
+            wide[plate.dim] = plate.size
+        return table.expand(lead + torch.Size(wide)).reshape(lead + self.batch_shape)
+
+    def from_batch(self, values: Tensor) -> Tensor:
+        """The inverse of :meth:`to_batch`."""
+        lead = values.shape[: values.dim() - len(self.batch)]
+        wide = [1] * self.plate_depth
+        for plate in self.batch:
+            wide[plate.dim] = plate.size
+        return values.reshape(lead + torch.Size(wide))
+
+
+@dataclass
+class Site:
+    """One sample statement as a run met it; `fn` is already expanded by its plates."""
+
+    name: str
+    fn: Any
+    value: Any
+    observed: bool
+    frames: tuple[Any, ...]
+    scale: Any
+    mask: Any
+
+    @property
+    def plate_dims(self) -> frozenset[int]:
+        """The dims of the vectorised plates around the site."""
+        return frozenset(frame.dim for frame in self.frames if frame.vectorized)
+
+    @property
+    def user_scale(self) -> Any:
+        """`poutine.scale` of the site, the plates' factor full_size/size divided out."""
+        factor = math.prod(frame.full_size / frame.size for frame in self.frames if frame.vectorized)
+        return self.scale if factor == 1 else self.scale / factor
+
+
+def read_structure(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
+    """Run a program once, validated, and describe it.
+
+    Args:
+        program: a Pyro model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: if an observed value is outside the support of its distribution, a batch dim belongs to no plate,
+            or a plate is empty.
+    """
+    leaves: dict[str, Tensor] = {}
+    with pyro.validation_enabled(is_validate=True), isolated_rng(), torch.no_grad():
+        sites, subsample = _record(program, args, kwargs, {}, {}, leaves)
+    latents, observed, sequential = [], [], set[str]()
+    for site in sites.values():
+        sequential.update(frame.name for frame in site.frames if not frame.vectorized)
+        _check_site(site)
+        if site.observed:
+            observed.append(Observed(site.name, _plates(site), site.fn.event_shape))
+        else:
+            latents.append(_describe(site))
+    common: set[Plate] | None = None
+    described: Latent | Observed
+    for described in (*latents, *observed):
+        common = set(described.plates) if common is None else common & set(described.plates)
+    every = {plate for latent in latents for plate in latent.plates} | {p for site in observed for p in site.plates}
+    return Structure(
+        latents=tuple(latents),
+        observed=tuple(observed),
+        batch=tuple(sorted(common or (), key=lambda plate: plate.dim)),
+        plate_depth=-min((plate.dim for plate in every), default=0),
+        subsample=subsample,
+        leaves=leaves,
+        sequential=tuple(sorted(sequential)),
+    )
+
+
+def run_sites(
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    subsample: Mapping[str, Tensor],
+) -> dict[str, Site]:
+    """Run a program, unvalidated, with its latents set to `values`; the sites by name, in order.
+
+    A value may have any dims left of its plates, and size 1 along them. Costs one run of the program.
+    """
+    with pyro.validation_enabled(is_validate=False), isolated_rng():
+        return _record(program, args, kwargs, values, subsample, {})[0]
+
+
+def finite_latents(structure: Structure, method: str, instead: str) -> tuple[Latent, ...]:
+    """The latents of a structure, once it is sure that they can be enumerated.
+
+    Raises:
+        ValueError: if there is none, one is continuous, or a plate is sequential.
+    """
+    if structure.sequential:
+        raise ValueError(
+            f"expected vectorised plates (`with pyro.plate(...)`), got the sequential plate "
+            f"{structure.sequential[0]!r}; {method} cannot follow a Python loop, write the plate as a context"
+        )
+    if not structure.latents:
+        raise ValueError(f"expected a program with latent sites, got none; {method} has nothing to infer")
+    for latent in structure.latents:
+        if not latent.finite:
+            what = "relaxed" if latent.kind.startswith("relaxed") else "continuous or infinite"
+            remedy = "use pyrovae.handlers.discretize first" if what == "relaxed" else f"use {instead}"
+            raise ValueError(
+                f"expected latents with finitely many values for {method}, got the {what} site {latent.name!r}; {remedy}"
+            )
+    return structure.latents
+
+
+class _Recorder(Messenger):
+    """Sets latents to given values, fixes random subsamples, and records every sample site."""
+
+    def __init__(self, values: Mapping[str, Tensor], subsample: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values, self.subsample = values, subsample
+        self.sites: dict[str, Site] = {}
+        self.drawn: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        source = self.subsample if _is_subsample(msg) else self.values
+        if msg["name"] in source and not msg["is_observed"] and msg["value"] is None:
+            msg["value"], msg["done"] = source[msg["name"]], True
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if _is_subsample(msg):
+            if msg["value"] is not None:
+                self.drawn[msg["name"]] = msg["value"]
+            return
+        if msg["name"] in self.sites:
+            raise ValueError(f"expected one statement a site, got the name {msg['name']!r} twice; rename one")
+        self.sites[msg["name"]] = Site(
+            msg["name"],
+            msg["fn"],
+            msg["value"],
+            msg["is_observed"],
+            msg["cond_indep_stack"],
+            msg["scale"],
+            msg["mask"],
+        )
+
+
+def _record(
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    subsample: Mapping[str, Tensor],
+    leaves: dict[str, Tensor],
+) -> tuple[dict[str, Site], dict[str, Tensor]]:
+    with poutine.block(), _Recorder(values, subsample) as recorder:
+        own_params(program, leaves)(*args, **kwargs)
+    return recorder.sites, recorder.drawn
+
+
+def _is_subsample(msg: dict[str, Any]) -> bool:
+    return type(msg["fn"]).__name__ == "_Subsample"
+
+
+def _plates(site: Site) -> tuple[Plate, ...]:
+    plates = [Plate(f.name, f.dim, int(f.size), int(f.full_size)) for f in site.frames if f.vectorized]
+    return tuple(sorted(plates, key=lambda plate: plate.dim))
+
+
+def _check_site(site: Site) -> None:
+    plates = {plate.dim: plate for plate in _plates(site)}
+    for plate in plates.values():
+        if plate.size == 0:
+            raise ValueError(f"expected at least one row, got the empty plate {plate.name!r}; pass data with rows")
+    batch = site.fn.batch_shape
+    for dim in range(-len(batch), 0):
+        if batch[dim] > 1 and dim not in plates:
+            raise ValueError(
+                f"expected every batch dim of site {site.name!r} in a plate, got batch shape {tuple(batch)} with dim "
+                f"{dim} in none; declare a vector with .to_event(1) or open a pyro.plate"
+            )
+    if site.observed and isinstance(site.value, Tensor):
+        event = site.fn.event_shape
+        if event and site.value.shape[-len(event) :] != event:
+            raise ValueError(
+                f"expected {site.name} with rows of shape {tuple(event)}, got {tuple(site.value.shape)}; pass data of the "
+                "width that the program was built for"
+            )
+        _check_support(site)
+
+
+def _check_support(site: Site) -> None:
+    """Observed values must be possible; rows that a mask hides may hold anything."""
+    fn, mask = site.fn, site.mask
+    while isinstance(fn, dist.MaskedDistribution):
+        mask = fn._mask if mask is None else mask & fn._mask
+        fn = fn.base_dist
+    if not isinstance(fn, TorchDistributionMixin) or isinstance(fn, (dist.Delta, dist.Unit)) or mask is False:
+        return
+    try:
+        valid = fn.support.check(site.value)
+    except NotImplementedError:
+        return
+    if isinstance(mask, Tensor):
+        valid = valid | ~mask
+    if not bool(valid.all()):
+        _explain_support(site, fn)
+
+
+def _explain_support(site: Site, fn: Any) -> None:
+    value = site.value
+    number = value[~torch.isnan(value)] if value.is_floating_point() else value
+    if number.numel() < value.numel():
+        got = f"{value.numel() - number.numel()} NaN; mask missing values (poutine.mask) or drop these rows"
+    else:
+        got = f"values from {float(number.min()):g} to {float(number.max()):g}"
+    family = type(_innermost(fn)).__name__
+    if _base_support(fn.support) is constraints.boolean:
+        hint = "" if "NaN" in got else "; scale to [0, 1] and binarize, see pyrovae.data.binarize"
+        raise ValueError(f"expected {site.name} in {{0, 1}} for a {family} likelihood, got {got}{hint}")
+    raise ValueError(f"expected {site.name} within {fn.support} for a {family} likelihood, got {got}")
+
+
+def _describe(site: Site) -> Latent:
+    fn = site.fn
+    kind, cardinality, low = _classify(fn)
+    shape = fn.event_shape[:-1] if kind in ("one_hot", "relaxed_one_hot") else fn.event_shape
+    return Latent(
+        name=site.name,
+        kind=kind,
+        batch_shape=fn.batch_shape,
+        event_shape=fn.event_shape,
+        plates=_plates(site),
+        cardinality=cardinality,
+        components=math.prod(shape),
+        low=low,
+        dtype=site.value.dtype,
+        device=site.value.device,
+    )
+
+
+def _classify(fn: Any) -> tuple[Kind, int, int]:
+    """Kind, cardinality and lowest value of a latent's support."""
+    support = _base_support(fn.support)
+    family = _innermost(fn)
+    if isinstance(family, torch.distributions.RelaxedBernoulli):
+        return "relaxed_bit", 1, 0
+    if isinstance(family, torch.distributions.RelaxedOneHotCategorical):
+        return "relaxed_one_hot", fn.event_shape[-1], 0
+    if support is constraints.boolean:
+        return "bit", 2, 0
+    if isinstance(support, type(constraints.one_hot)):
+        return "one_hot", fn.event_shape[-1], 0
+    if isinstance(support, constraints.integer_interval):
+        low, high = (torch.as_tensor(bound) for bound in (support.lower_bound, support.upper_bound))
+        if bool((low == low.flatten()[0]).all()) and bool((high == high.flatten()[0]).all()):
+            return "integer", int(high.flatten()[0] - low.flatten()[0]) + 1, int(low.flatten()[0])
+    if support is constraints.real:
+        return "real", 1, 0
+    return "other", 1, 0
+
+
+def _base_support(support: Any) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.TransformedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+@contextlib.contextmanager
+def frozen_leaves(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run a block with parameters set to `values`, and put the present ones back."""
+    present = {name: leaf.data for name, leaf in leaves.items()}
+    try:
+        for name, leaf in leaves.items():
+            leaf.data = values[name]
+        yield
+    finally:
+        for name, leaf in leaves.items():
+            leaf.data = present[name]

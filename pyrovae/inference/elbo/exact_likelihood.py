@@ -1,0 +1,69 @@
+"""The objective −log p(x), by enumeration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyrovae.inference.enumeration import Enumeration
+
+Program = Callable[..., Any]
+
+
+class ExactLikelihood(pyro.infer.ELBO):
+    """−Σ_n log p(x_n), summed over every joint state of the latents; there is no guide.
+
+    Exact and differentiable: `Variational(None, ExactLikelihood())` is exact gradient learning. The backward pass recomputes
+    chunks, so that the gradient takes no more memory than `max_bytes`. Plate factors full_size/size and a `poutine.scale`
+    common to all sites multiply the sum. Costs joint states x rows values of log p(x, z), as
+    :class:`pyrovae.inference.Exact` does, and refuses what that refuses.
+
+    Args:
+        max_bytes: the memory that an evaluation may take.
+
+    Example:
+        >>> from pyrovae.models import toy
+        >>> net = toy.belief_net()
+        >>> loss = ExactLikelihood().differentiable_loss(net, None, net.sample(8))
+        >>> loss.backward()
+    """
+
+    unbiased = True
+    objective = "log_evidence"
+
+    def __init__(self, *, max_bytes: int = 2**30) -> None:
+        super().__init__()
+        self.max_bytes = max_bytes
+
+    def differentiable_loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
+        """−log p(x), 0-d; `guide` is ignored."""
+        with torch.no_grad():
+            space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood")
+        rows = math.prod(plate.full_size / plate.size for plate in space.structure.batch)
+        return -(space.log_evidence() * space.scale).sum() * rows
+
+    def loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
+        """−log p(x), 0-d, without gradients."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs)
+
+    def loss_and_grads(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
+        """−log p(x), 0-d, its gradient added to `.grad` of the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+    def model_evaluations(self, model: Program, *args: Any, **kwargs: Any) -> int:
+        """Values of log p(x, z) that one evaluation computes."""
+        with torch.no_grad():
+            space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood")
+        return space.num_evaluations
+
+    def _get_trace(self, model: Program, guide: Program | None, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("ExactLikelihood sums over states and draws no traces")

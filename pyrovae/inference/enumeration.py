@@ -1,0 +1,482 @@
+"""The joint states of a program's finite latents, laid out along tensor dims and evaluated in bounded memory.
+
+Each latent site takes an *axis*, a dim of its own left of all plates, along which its states run while its plates keep
+size 1. Latents with the same plates form a *level*; levels must be nested. From the deepest level up, a level's axes are
+summed out and its remaining plates are then multiplied together:
+
+    log p(x) = Σ_n log Σ_{z_n} p(x_n, z_n | g), summed over g in turn where a global g lies outside the plate.
+
+One axis, the largest, is walked in chunks. A program that cannot broadcast so (it concatenates two latents, say) shares
+one axis a level. Whichever layout, a few joint states are also evaluated alone: a branch on a value, a statistic over the
+batch or a dropout shows as a difference, and the program is refused rather than answered wrongly.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pyrovae.handlers.structure import Latent, Site, Structure, finite_latents, read_structure, run_sites
+from pyrovae.inference.elimination import Reduce, Term, add, eliminate, elimination_numel, logsumexp, sum_plates
+from pyrovae.inference.factors import Factor, site_factor
+from pyrovae.ops import codes_to_index, index_to_codes, isolated_rng
+
+_CPU_DIMS = 64  # the most dims that a torch tensor can have
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dim of joint states: all values of its sites, or, with `codes`, a list of them."""
+
+    dim: int
+    level: int
+    sites: tuple[Latent, ...]
+    size: int
+    codes: Mapping[str, Tensor] | None = None
+
+    def site_codes(self, index: Tensor) -> dict[str, Tensor]:
+        """Codes `[..., components]` of each site at state numbers `[...]`."""
+        if self.codes is not None:
+            return {site.name: self.codes[site.name][index] for site in self.sites}
+        found = {}
+        for site in reversed(self.sites):
+            found[site.name] = index_to_codes(index % site.num_states, site.cardinality, site.components)
+            index = index // site.num_states
+        return found
+
+    def index(self, codes: Mapping[str, Tensor]) -> Tensor:
+        """State numbers `[...]` of codes `[..., components]`, the inverse of :meth:`site_codes`."""
+        index: Tensor | int = 0
+        for site in self.sites:
+            index = index * site.num_states + codes_to_index(codes[site.name], site.cardinality)
+        assert isinstance(index, Tensor)
+        return index
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What the spot check learned of a site's factor: the axes it varies along, its level, its sizes."""
+
+    axes: frozenset[int]
+    plate_dims: frozenset[int]
+    level: int
+    tables: tuple[tuple[int, ...], ...]  # shapes, with spot sizes in the axes, of all that its evaluation makes
+    table: tuple[int, ...]
+
+
+class Enumeration:
+    """All joint states of a program at given arguments; see the module's docstring.
+
+    Args:
+        program: a Pyro model whose latents are finite.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        max_bytes: the memory that an evaluation may take.
+        max_evaluations: the most log joint values that may be computed.
+        method: named in error messages.
+        plain: evaluate every site by its own `log_prob` (the oracle).
+    """
+
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        max_bytes: int,
+        max_evaluations: int = 2**33,
+        method: str = "Exact",
+        plain: bool = False,
+    ) -> None:
+        self.program, self.args, self.kwargs, self.method, self.plain = program, args, dict(kwargs), method, plain
+        self.structure = read_structure(program, args, kwargs)
+        self.max_bytes = max_bytes
+        latents = finite_latents(self.structure, method, "Variational, Importance or MCMC(NUTS(model), ...)")
+        self.levels = _nested_levels(self.structure, latents, method)
+        self._lay_out(latents)
+        self.chunk_axis, self.chunk_size = self._plan(max_bytes, max_evaluations)
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    @property
+    def chunks(self) -> list[slice]:
+        """Slices of the chunked axis; one where everything fits."""
+        size = self.chunk_axis.size
+        return [slice(i, min(i + self.chunk_size, size)) for i in range(0, size, self.chunk_size)]
+
+    @property
+    def num_evaluations(self) -> int:
+        """Joint states x rows: how many values of log p(x, z) the tables stand for."""
+        rows = math.prod(plate.size for plate in {p for latent in self.structure.latents for p in latent.plates})
+        return math.prod(axis.size for axis in self.axes) * rows
+
+    def factors(self, chunk: slice | None = None, program: Callable[..., Any] | None = None) -> dict[str, Factor]:
+        """The factor of every site at the states of a chunk, one run of the program.
+
+        Args:
+            chunk: states of the chunked axis; None for all.
+            program: another program with the same sites (the model after an M-step).
+        """
+        values = {}
+        for axis in self.axes:
+            part = chunk if chunk is not None and axis is self.chunk_axis else slice(0, axis.size)
+            values.update(self._values(axis, axis.site_codes(torch.arange(part.start, part.stop, device=self._device))))
+        sites = run_sites(program or self.program, self.args, self.kwargs, values, self.structure.subsample)
+        return {name: site_factor(site, self.ndim, plain=self.plain) for name, site in sites.items()}
+
+    def terms(self, chunk: slice | None = None, program: Callable[..., Any] | None = None) -> dict[str, Term]:
+        """The log tables of a chunk, by site."""
+        return {
+            name: Term(factor.table(), factor.plate_dims, self._shape(name).level)
+            for name, factor in self.factors(chunk, program).items()
+        }
+
+    def log_evidence(self, program: Callable[..., Any] | None = None) -> Tensor:
+        """Log p(x) `[batch]`, differentiable in the program's parameters; chunks are recomputed by the backward pass."""
+        level = self.chunk_axis.level
+
+        def message(chunk: slice) -> Tensor:
+            return self.message(self.terms(chunk, program).values(), level).table
+
+        if len(self.chunks) == 1:
+            terms = self.terms(None, program).values()
+            return self.finish(self.message(terms, level), terms)
+        grad = torch.is_grad_enabled()
+        parts = [checkpoint(message, c, use_reentrant=False) if grad else message(c) for c in self.chunks]
+        combined = Term(torch.logsumexp(torch.stack(parts), 0), self.levels[level], level)
+        return self.finish(combined, self.terms(slice(0, 1), program).values())
+
+    def message(self, terms: Iterable[Term], level: int, reduce: Reduce = logsumexp) -> Term:
+        """Sum out the axes of all levels from the deepest up to `level`; a term over that level's plates."""
+        return self._sweep(list(terms), range(len(self.levels) - 1, level - 1, -1), None, reduce)
+
+    def finish(self, message: Term, terms: Iterable[Term], reduce: Reduce = logsumexp) -> Tensor:
+        """From the message of the chunked level to log p(x) `[batch]`."""
+        terms = list(terms)
+        root = self._sweep(terms, range(message.level - 1, -1, -1), message, reduce)
+        return self.to_batch([root, *(term for term in terms if term.level < 0)])
+
+    def to_batch(self, terms: Iterable[Term]) -> Tensor:
+        """The sum of terms without axes, each summed over its plates outside the batch: `[batch]`."""
+        keep = frozenset(plate.dim for plate in self.structure.batch)
+        total = add(sum_plates(term, keep, self.plate_sizes).table for term in terms)
+        return self.structure.to_batch(total.reshape(total.shape[total.dim() - self.structure.plate_depth :]))
+
+    def level_tables(self, terms: Iterable[Term], level: int, below: Term | None) -> list[Tensor]:
+        """The tables of a level and the message from below, `[axes, level's plates]`."""
+        here = [term for term in terms if term.level == level] + ([] if below is None else [below])
+        return [sum_plates(term, self.levels[level], self.plate_sizes).table for term in here]
+
+    def level_axes(self, level: int) -> list[Axis]:
+        """The axes of a level, left to right."""
+        return sorted((axis for axis in self.axes if axis.level == level), key=lambda axis: axis.dim)
+
+    def _sweep(self, terms: list[Term], levels: range, below: Term | None, reduce: Reduce) -> Term:
+        for level in levels:
+            tables = self.level_tables(terms, level, below)
+            below = Term(eliminate(tables, [axis.dim for axis in self.level_axes(level)], reduce), self.levels[level], level)
+        assert below is not None
+        return below
+
+    def _shape(self, name: str) -> SiteShape:
+        if name not in self.shapes:
+            raise ValueError(
+                f"expected the same sites at every value of the latents, got {name!r} at some only; {self.method} needs "
+                f"a program without branches on latent values, {_INSTEAD}"
+            )
+        return self.shapes[name]
+
+    # ---- layout -----------------------------------------------------------------------------------------------------
+
+    def _lay_out(self, latents: Sequence[Latent]) -> None:
+        """Choose the first layout in which the program runs and agrees with single states."""
+        self._device = latents[0].device
+        self.plate_sizes = {plate.dim: plate.size for plate in self.structure.plates}
+        alone: list[tuple[dict[str, Tensor], dict[str, Site]]] | None = None
+        problem: Exception | None = None
+        for joint, expand in ((False, False), (True, False), (True, True)):
+            if joint and not expand and len(latents) == len(self.levels):
+                continue  # a site a level: the joint layout is the same
+            self.expand = expand
+            self.axes = self._make_axes(latents, joint=joint)
+            self.ndim = self.structure.plate_depth + len(self.axes)
+            if self.ndim + 2 > _CPU_DIMS:
+                problem = ValueError(
+                    f"expected fewer than {_CPU_DIMS - 2} latent sites in {self.method}, got {len(latents)}; write them "
+                    "as one vector site with .to_event(1)"
+                )
+                continue
+            try:
+                spots, sites = self._spot_run()
+                if alone is None:
+                    alone = [self._run_alone(spots, pick) for pick in _picks(spots)]
+                self._learn_shapes(sites)
+                self._check_alone(spots, sites, alone)
+            except _Refusal:
+                raise
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                problem = problem or error
+                continue
+            return
+        assert problem is not None
+        if isinstance(problem, _Mismatch):
+            raise ValueError(str(problem)) from None
+        raise ValueError(
+            f"expected tensor code that broadcasts on the left for {self.method}, got {type(problem).__name__}: "
+            f"{problem}. Latents arrive with dims of joint states left of the plates: write z.reshape(z.shape[:-2] + "
+            "(-1,)) and h @ W, not z.view(N, -1); do not concatenate a latent with data; do not branch on its value"
+        ) from problem
+
+    def _make_axes(self, latents: Sequence[Latent], *, joint: bool) -> list[Axis]:
+        groups: list[tuple[Latent, ...]] = []
+        for plates in self.levels:
+            here = tuple(latent for latent in latents if latent.plate_dims == plates)
+            groups.extend([here] if joint else [(latent,) for latent in here])
+        return [
+            Axis(
+                dim=-1 - self.structure.plate_depth - k,
+                level=self.levels.index(group[0].plate_dims),
+                sites=group,
+                size=math.prod(site.num_states for site in group),
+            )
+            for k, group in enumerate(groups)
+        ]
+
+    def _values(self, axis: Axis, codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of an axis's sites with its states at its dim: `[S, 1, …, 1, *event]`."""
+        found = {}
+        for site in axis.sites:
+            value = site.decode(codes[site.name])
+            size = value.shape[0]
+            right = -axis.dim - 1
+            value = value.reshape((size,) + (1,) * right + site.event_shape)
+            if self.expand:
+                plates = (1,) * (right - len(site.batch_shape)) + tuple(site.batch_shape)
+                value = value.expand((size, *plates, *site.event_shape))
+            found[site.name] = value
+        return found
+
+    # ---- the spot check ---------------------------------------------------------------------------------------------
+
+    def _spot_run(self) -> tuple[dict[str, Tensor], dict[str, Site]]:
+        """Run at up to three values a site: the first, the last and a random one, all combinations at once."""
+        spots, values = {}, {}
+        with isolated_rng(0):
+            for axis in self.axes:
+                for site in axis.sites:
+                    last = site.cardinality - 1
+                    codes = torch.stack(
+                        [
+                            torch.zeros(site.components, dtype=torch.long),
+                            torch.full((site.components,), last),
+                            torch.randint(site.cardinality, (site.components,)),
+                        ]
+                    ).to(self._device)
+                    spots[site.name] = codes
+                values.update(self._values(axis, spots))
+        return spots, run_sites(self.program, self.args, self.kwargs, values, self.structure.subsample)
+
+    def _run_alone(self, spots: Mapping[str, Tensor], pick: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, Site]]:
+        """Run at one joint state, with the shapes of an ordinary run."""
+        values = {}
+        for latent in self.structure.latents:
+            value = latent.decode(spots[latent.name][pick[latent.name]])
+            values[latent.name] = value.expand(latent.batch_shape + latent.event_shape)
+        indices = {name: torch.tensor(i, device=self._device) for name, i in pick.items()}
+        return indices, run_sites(self.program, self.args, self.kwargs, values, self.structure.subsample)
+
+    def _learn_shapes(self, sites: Mapping[str, Site]) -> None:
+        scales = {name: site.user_scale for name, site in sites.items()}
+        self.scale = _common_scale(scales, self.method)
+        self.shapes: dict[str, SiteShape] = {}
+        self._spot_terms: dict[str, Term] = {}
+        for name, site in sites.items():
+            factor = site_factor(site, self.ndim, plain=self.plain)
+            table = factor.table()
+            axes = frozenset(axis.dim for axis in self.axes if table.shape[axis.dim] > 1)
+            levels = [axis.level for axis in self.axes if axis.dim in axes]
+            inside = [k for k, plates in enumerate(self.levels) if plates <= site.plate_dims]
+            home = max(levels) if levels else max(inside, default=-1)
+            if home >= 0 and not self.levels[home] <= site.plate_dims:
+                raise _Refusal(self._outside(name, site, home))
+            made = [tuple(table.shape)]
+            if factor.bilinear is not None:
+                made += [tuple(factor.bilinear.eta.shape), tuple(factor.bilinear.statistic.shape)]
+            else:
+                made += [(*table.shape, max(1, math.prod(site.fn.event_shape)))] * 2
+            self.shapes[name] = SiteShape(axes, site.plate_dims, home, tuple(made), tuple(table.shape))
+            self._spot_terms[name] = Term(table, factor.plate_dims, home)
+
+    def _outside(self, name: str, site: Site, home: int) -> str:
+        latent = next(s for axis in self.axes if axis.level == home for s in axis.sites)
+        missing = sorted(plate.name for plate in latent.plates if plate.dim not in site.plate_dims)
+        return (
+            f"expected site {name!r} inside the plate {missing[0]!r} of the latent {latent.name!r} that it depends on, "
+            f"got it outside; if it joins all rows of that plate, make the latent a vector with .to_event(1) instead"
+        )
+
+    def _check_alone(
+        self,
+        spots: Mapping[str, Tensor],
+        sites: Mapping[str, Site],
+        alone: list[tuple[dict[str, Tensor], dict[str, Site]]],
+    ) -> None:
+        depth = self.structure.plate_depth
+        for indices, single in alone:
+            if set(single) != set(sites):
+                odd = sorted(set(single) ^ set(sites))[0]
+                raise _Mismatch(
+                    f"expected the same sites at every value of the latents, got {odd!r} at some only; {self.method} "
+                    f"needs a program without branches on latent values, {_INSTEAD}"
+                )
+            for name, site in single.items():
+                reference = site_factor(site, depth, plain=True).table()
+                table = self._spot_terms[name].table
+                for axis in self.axes:
+                    pick = indices[axis.sites[0].name]
+                    if table.shape[axis.dim] > 1:
+                        table = table.index_select(table.dim() + axis.dim, pick.reshape(1))
+                table = table.reshape(table.shape[table.dim() - depth :])
+                tolerance = torch.finfo(table.dtype).eps ** 0.5
+                finite = torch.isfinite(reference) & torch.isfinite(table)
+                gap = torch.where(finite, (table - reference).abs(), (table != reference).to(table.dtype))
+                if bool((gap > tolerance * (1 + torch.where(finite, reference.abs(), 0.0))).any()):
+                    raise _Mismatch(
+                        f"expected log p of site {name!r} to be the same for a joint state evaluated alone and among "
+                        f"others, got a difference of {float(gap.max()):.3g}; the program branches on a latent's value, "
+                        f"mixes rows of the batch or draws hidden noise (dropout), so that {self.method} would be "
+                        f"silently wrong; remove this, or {_INSTEAD}"
+                    )
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def _plan(self, max_bytes: int, max_evaluations: int) -> tuple[Axis, int]:
+        """The axis to walk and its chunk size, from the shapes that the spot run had."""
+        itemsize = max(term.table.element_size() for term in self._spot_terms.values())
+        del self._spot_terms
+        sizes = {axis.dim: axis.size for axis in self.axes}
+        largest = max(self._made(sizes), key=math.prod)
+        axis = max(self.axes, key=lambda a: (largest[a.dim] > 1, a.size))
+        needed = 3 * itemsize * math.prod(largest)
+        rows = math.prod(self.structure.batch_shape)
+        total = math.prod(sizes.values())
+        if math.prod(largest) > max_evaluations:
+            raise ValueError(
+                f"expected at most {max_evaluations:,} evaluations of log p(x, z) in {self.method}, got {total:,} joint "
+                f"states for {rows:,} rows, {math.prod(largest):,} evaluations, whose table would take "
+                f"{itemsize * math.prod(largest):,} bytes; use Gibbs, Variational or Importance, or fewer latents"
+            )
+        chunk = axis.size
+        while (needed := self._bytes({**sizes, axis.dim: chunk}, itemsize)) > max_bytes and chunk > 1:
+            chunk = (chunk + 1) // 2
+        if needed > max_bytes:
+            raise ValueError(
+                f"expected {self.method} to fit in max_bytes={max_bytes:,}, got {total:,} joint states for {rows:,} rows, "
+                f"which would take at least {needed:,} bytes even in the smallest chunks; raise max_bytes, pass fewer "
+                "rows, or use Gibbs, Variational or Importance"
+            )
+        return axis, chunk
+
+    def _made(self, sizes: Mapping[int, int]) -> list[tuple[int, ...]]:
+        """Shapes of every table that an evaluation makes, with the axes at `sizes`."""
+        made: list[tuple[int, ...]] = []
+        below: list[list[int]] = []
+        for level in range(len(self.levels) - 1, -1, -1):
+            here = [self._scaled(s.table, sizes) for s in self.shapes.values() if s.level == level] + below
+            shapes = elimination_numel(here, [a.dim for a in self.axes if a.level == level])
+            made += [tuple(s) for s in shapes]
+            below = [shapes[-1]]
+        return made
+
+    def _bytes(self, sizes: Mapping[int, int], itemsize: int) -> int:
+        tables = [self._scaled(s, sizes) for shape in self.shapes.values() for s in shape.tables]
+        peak = max(math.prod(shape) for shape in self._made(sizes))
+        return itemsize * (3 * peak + 2 * sum(math.prod(t) for t in tables))
+
+    def _scaled(self, shape: Sequence[int], sizes: Mapping[int, int]) -> list[int]:
+        """A spot shape with each axis at its own size; a last dim beyond `ndim` is the event's."""
+        event = list(shape[self.ndim :])
+        full = list(shape[: self.ndim])
+        for dim, size in sizes.items():
+            if full[dim] > 1:
+                full[dim] = size
+        return full + event
+
+
+_INSTEAD = "or use Importance or Variational, which run it one joint state at a time"
+
+
+class _Mismatch(ValueError):
+    """A joint state has one log probability alone and another among others."""
+
+
+class _Refusal(ValueError):
+    """A program that no layout can serve."""
+
+
+def visited(enumeration: Enumeration, codes: Mapping[str, Tensor]) -> Enumeration:
+    """The same program over a list of joint states of one axis instead of all.
+
+    Args:
+        enumeration: of a program with a single level.
+        codes: codes `[S, components]` of every site at the S states.
+    """
+    new = copy.copy(enumeration)
+    sites = tuple(site for axis in enumeration.axes for site in axis.sites)
+    size = next(iter(codes.values())).shape[0]
+    axis = Axis(-1 - new.structure.plate_depth, 0, sites, size, dict(codes))
+    new.axes, new.ndim, new.chunk_axis, new.chunk_size = [axis], new.structure.plate_depth + 1, axis, size
+    new.shapes = {
+        name: replace(shape, axes=frozenset({axis.dim}) if shape.axes else frozenset(), level=0)
+        for name, shape in enumeration.shapes.items()
+    }
+    return new
+
+
+def _nested_levels(structure: Structure, latents: Sequence[Latent], method: str) -> list[frozenset[int]]:
+    """The sets of plates around latents, outermost first; each must hold the one before."""
+    levels = sorted({latent.plate_dims for latent in latents}, key=len)
+    for outer, inner in itertools.pairwise(levels):
+        if not outer < inner:
+            a, b = (next(s for s in latents if s.plate_dims == level) for level in (outer, inner))
+            raise ValueError(
+                f"expected the plates of latents nested in one another, got {a.name!r} and {b.name!r} in sibling plates; "
+                f"{method} cannot sum them level by level, make one of them a vector with .to_event(1)"
+            )
+    for plate in structure.plates:
+        outside = [s.name for s in latents if plate.dim not in s.plate_dims]
+        if plate.size < plate.full_size and outside:
+            raise ValueError(
+                f"expected the whole plate {plate.name!r} with the latent {outside[0]!r} outside it, got "
+                f"{plate.size} of {plate.full_size} rows; {method} cannot scale a subsample inside a sum, pass all rows"
+            )
+    return levels
+
+
+def _picks(spots: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:
+    """Which of its three spot values each site takes: all first, all last, all random.
+
+    Sites that share an axis share the number, so that every layout holds these states.
+    """
+    for k in range(3):
+        yield dict.fromkeys(spots, k)
+
+
+def _common_scale(scales: Mapping[str, Any], method: str) -> Any:
+    (first, reference), *others = scales.items()
+    for name, scale in others:
+        a, b = torch.as_tensor(scale, dtype=torch.double), torch.as_tensor(reference, dtype=torch.double)
+        if a.shape != b.shape or not torch.allclose(a, b):
+            raise _Refusal(
+                f"expected one poutine.scale for all sites, got different ones at {first!r} and {name!r}; then no "
+                f"posterior exists whose evidence {method} could return, scale all sites alike or none"
+            )
+    return reference
