@@ -92,5 +92,15 @@ class SigmoidBeliefNet(Module):
         with pyro.poutine.block():
             return self(batch_size=n)
 
+    def mirror(self) -> nn.Sequential:
+        """An encoder in the shape of the net, for a mean-field guide.
+
+        One tanh layer, as wide as the wider of the visible and all hidden units, then a logit for every hidden unit, the top
+        layer first: the order of the program. Fresh weights at each call.
+        """
+        visible, total = self.sizes[0], sum(self.sizes[1:])
+        width = max(visible, total)
+        return nn.Sequential(nn.Linear(visible, width), nn.Tanh(), nn.Linear(width, total)).to(self.prior)
+
     def _layer(self, layer: int, above: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=self.biases[layer] + above @ self.weights[layer]).to_event(1)
