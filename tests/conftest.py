@@ -2,12 +2,16 @@
 
 import logging
 import random
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyro
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # brute_force and programs, shared by the tests of several parts
 
 
 def _global_state():

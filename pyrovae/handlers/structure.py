@@ -226,6 +226,14 @@ def run_sites(
         return _record(program, args, kwargs, values, subsample, {})[0]
 
 
+def draw_sites(
+    program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], subsample: Mapping[str, Tensor]
+) -> dict[str, Site]:
+    """Run a program, unvalidated, and let it draw its latents from the caller's random state; the sites by name."""
+    with pyro.validation_enabled(is_validate=False):
+        return _record(program, args, kwargs, {}, subsample, {})[0]
+
+
 def finite_latents(structure: Structure, method: str, instead: str) -> tuple[Latent, ...]:
     """The latents of a structure, once it is sure that they can be enumerated.
 
@@ -326,15 +334,17 @@ def _check_site(site: Site) -> None:
 
 
 def _check_support(site: Site) -> None:
-    """Observed values must be possible; rows that a mask hides may hold anything."""
-    fn, mask = site.fn, site.mask
-    while isinstance(fn, dist.MaskedDistribution):
-        mask = fn._mask if mask is None else mask & fn._mask
-        fn = fn.base_dist
+    """Observed values must be possible; what a mask hides may be anything."""
+    fn, mask, inner = unmask(site.fn)
+    mask = both(mask, site.mask)
     if not isinstance(fn, TorchDistributionMixin) or isinstance(fn, (dist.Delta, dist.Unit)) or mask is False:
         return
     try:
-        valid = fn.support.check(site.value)
+        if inner is None:
+            valid = fn.support.check(site.value)
+        else:
+            valid = fn.base_dist.support.check(site.value) | torch.as_tensor(inner).logical_not()
+            valid = valid.flatten(valid.dim() - fn.reinterpreted_batch_ndims).all(-1)
     except NotImplementedError:
         return
     if isinstance(mask, Tensor):
@@ -406,6 +416,31 @@ def _innermost(fn: Any) -> Any:
     while hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.TransformedDistribution):
         fn = fn.base_dist
     return fn
+
+
+def unmask(fn: Any) -> tuple[Any, Any, Any]:
+    """A distribution without its masks, their conjunction over batch dims, and that of masks inside its `.to_event`."""
+    mask: Any = None
+    while isinstance(fn, dist.MaskedDistribution):
+        mask, fn = both(mask, fn._mask), fn.base_dist
+    base, events = fn, 0
+    while type(base) is dist.Independent:
+        base, events = base.base_dist, events + base.reinterpreted_batch_ndims
+    if not isinstance(base, dist.MaskedDistribution):
+        return fn, mask, None
+    inner: Any = None
+    while isinstance(base, dist.MaskedDistribution):
+        inner, base = both(inner, base._mask), base.base_dist
+    return base.to_event(events), mask, inner
+
+
+def both(a: Any, b: Any) -> Any:
+    """The conjunction of two masks, each a tensor, a bool or None."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, bool) or isinstance(b, bool):
+        return (b if a else False) if isinstance(a, bool) else (a if b else False)
+    return a & b
 
 
 @contextlib.contextmanager

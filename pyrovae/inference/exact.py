@@ -263,8 +263,9 @@ class _Solution:
         space = self.space
         outer = {name: clique for name, clique in wanted.items() if clique.level < self.level}
         inner = {name: clique for name, clique in wanted.items() if clique.level >= self.level}
+        shape = (1,) * (space.ndim - space.structure.plate_depth) + self._plate_shape(self.level, native=False)
         with torch.enable_grad():
-            message = Term(self.message.table.clone().requires_grad_(), self.message.plate_dims, self.level)
+            message = Term(self.message.table.expand(shape).clone().requires_grad_(), self.message.plate_dims, self.level)
             probes = [self._zeros(clique, None) for clique in outer.values()]
             total = space.finish(message, [*self.terms(space.chunks[0]).values(), *probes])
             upstream, *above = torch.autograd.grad(total.sum(), [message.table, *(probe.table for probe in probes)])
@@ -272,7 +273,7 @@ class _Solution:
         for chunk in space.chunks:
             with torch.enable_grad():
                 probes = [self._zeros(clique, chunk) for clique in inner.values()]
-                part = space.message([*self.terms(chunk).values(), *probes], self.level).table
+                part = space.message([*self.terms(chunk).values(), *probes], self.level).table.expand(shape)
                 flow = upstream * torch.exp(part.detach() - self.message.table)
                 found = torch.autograd.grad(part, [probe.table for probe in probes], flow)
             yield chunk, first | dict(zip(inner, found, strict=True))

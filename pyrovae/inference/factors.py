@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
-from pyrovae.handlers.structure import Site
+from pyrovae.handlers.structure import Site, both, unmask
 
 
 class Bilinear(NamedTuple):
@@ -75,7 +75,7 @@ class Factor:
         if self.mask is not None:
             weights = weights * self.mask
         if self.bilinear is None:
-            return lambda other: (_sum_to(weights, other.table().shape) * other.table()).sum()
+            return lambda other: dot(_sum_to(weights, (table := other.table()).shape), table).sum()
         eta, statistic, log_normalizer, log_base = self.bilinear
         gathered = _gather(weights, statistic, eta.shape[:-1])  # [*P, F]
         total = _sum_to(weights, log_normalizer.shape)  # [*P]
@@ -89,6 +89,11 @@ class Factor:
         return weighted_sum
 
 
+def dot(weights: Tensor, table: Tensor) -> Tensor:
+    """Weights x log probabilities, where a weight of 0 counts 0 though the log probability be −inf."""
+    return weights * torch.where(weights > 0, table, 0.0)
+
+
 def site_factor(site: Site, ndim: int, *, plain: bool = False) -> Factor:
     """The factor of a site.
 
@@ -97,15 +102,20 @@ def site_factor(site: Site, ndim: int, *, plain: bool = False) -> Factor:
         ndim: how many dims (axes and plates) tables have.
         plain: evaluate `fn.log_prob(value)` as it stands (the oracle).
     """
-    fn, mask = _strip_masks(site.fn)
-    mask = _and(mask, site.mask) if site.observed else None  # the factor of a latent always integrates to 1
+    fn, mask, inner = unmask(site.fn)
+    mask = both(mask, site.mask) if site.observed else None  # the factor of a latent always integrates to 1
     value = site.value
     factor = Factor(site.name, site.plate_dims, ndim, _parameter_dtype(fn))
+    if isinstance(mask, Tensor) and not bool(mask.any()):
+        mask = False
     if isinstance(mask, Tensor):
         factor.mask = _pad(mask, ndim)
         value = _show_only(value, mask, len(fn.event_shape))
     elif mask is False:
-        factor.dense = torch.zeros((1,) * ndim, dtype=factor.dtype)
+        factor.dense = torch.zeros((1,) * ndim, dtype=factor.dtype, device=getattr(value, "device", None))
+        return factor
+    if inner is not None and site.observed:
+        factor.dense = _pad(_masked_elements(fn, value, torch.as_tensor(inner)), ndim)
         return factor
     family = None if plain else _thin_family(fn, value, ndim)
     if family is None:
@@ -268,14 +278,6 @@ def _thin_fn_base(fn: Any, events: int) -> Any | None:
     return type(fn)(**{name: _thin(p, events) for name, p in parameters.items()}, validate_args=False)
 
 
-def _strip_masks(fn: Any) -> tuple[Any, Any]:
-    """A distribution without its outer masks, and their conjunction."""
-    mask: Any = None
-    while isinstance(fn, dist.MaskedDistribution):
-        mask, fn = _and(mask, fn._mask), fn.base_dist
-    return fn, mask
-
-
 def _show_only(value: Any, mask: Tensor, events: int) -> Any:
     """A value whose masked rows, which may hold anything, repeat a visible one: NaN must not reach a gradient."""
     if not isinstance(value, Tensor) or not mask.dim():
@@ -287,6 +289,15 @@ def _show_only(value: Any, mask: Tensor, events: int) -> Any:
     return torch.where(visible.reshape(batch + (1,) * events), wide, row)
 
 
+def _masked_elements(fn: Any, value: Tensor, mask: Tensor) -> Tensor:
+    """Log p of a vector of which single elements are masked, as by `.mask(m).to_event(1)`."""
+    base, events = fn.base_dist, fn.reinterpreted_batch_ndims
+    if not bool(mask.any()):
+        return value.new_zeros(())
+    table = torch.where(mask, base.log_prob(_show_only(value, mask, len(base.event_shape))), 0.0)
+    return table.flatten(table.dim() - events).sum(-1)
+
+
 def _parameter_dtype(fn: Any) -> torch.dtype:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
@@ -295,14 +306,6 @@ def _parameter_dtype(fn: Any) -> torch.dtype:
         if isinstance(parameter, Tensor) and parameter.is_floating_point():
             return parameter.dtype
     return torch.get_default_dtype()
-
-
-def _and(a: Any, b: Any) -> Any:
-    if a is None or b is None:
-        return b if a is None else a
-    if isinstance(a, bool) or isinstance(b, bool):
-        return (b if a else False) if isinstance(a, bool) else (a if b else False)
-    return a & b
 
 
 def _pad(table: Tensor, ndim: int) -> Tensor:

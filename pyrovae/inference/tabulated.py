@@ -1,9 +1,13 @@
-"""Expected log joints of posteriors that are tables over joint states: exact, mean-field, or visited by a chain."""
+"""Expected log joints under weights over joint states: of an exact or mean-field posterior, or of states that chains visited.
+
+For every site, Σ_s w(s, n) log p(site | s, n) needs only the weights of the axes that the site depends on. Where its
+parameters do not vary over the data, the weights are first contracted with the sufficient statistics.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,27 +15,25 @@ from torch import Tensor
 
 from pyrovae.inference.elimination import Term
 from pyrovae.inference.enumeration import Enumeration
+from pyrovae.inference.factors import dot
 from pyrovae.inference.posterior import Posterior, Program
+
+SiteWeights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TabulatedPosterior(Posterior):
-    """A posterior with weights over the joint states of an :class:`Enumeration`.
-
-    For every site, Σ_s w(s, n) log p(site | s, n) needs only the weights of the axes that the site depends on. Where its
-    parameters do not vary over the data, the weights are first contracted with the sufficient statistics.
-    """
+    """A posterior with weights over the joint states of an :class:`Enumeration`."""
 
     enumeration: Enumeration = field(repr=False)
 
     @abstractmethod
-    def site_weights(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    def site_weights(self) -> Iterator[tuple[slice, SiteWeights]]:
         """For each chunk, the weights of every site's table, `[axes, plates]` of full size along both."""
 
     def expected_log_joint(self, model: Program) -> Tensor:
-        """E_q[log p(x, z)] under `model`, `[batch]`; see :meth:`Posterior.expected_log_joint`. One run a chunk."""
-        space = self.enumeration
-        parts = []
+        """E_q[log p(x, z)] under `model`, `[batch]`, differentiable; one run of the program a chunk."""
+        space, parts = self.enumeration, []
         for chunk, weights in self.site_weights():
             for name, factor in space.factors(chunk, model).items():
                 if name in weights:
@@ -39,30 +41,44 @@ class TabulatedPosterior(Posterior):
         return space.to_batch(parts)
 
     def q_function(self, model: Program) -> Callable[[], Tensor]:
-        """Σ_batch E_q[log p(x, z)] with the data gathered into sufficient statistics once.
+        """Σ_batch E_q[log p(x, z)], the data gathered into sufficient statistics once; see :func:`q_function`."""
+        return q_function(self.enumeration, self.site_weights(), model)
 
-        Each call then costs one run of the program over the states, whatever the number of rows, for every site whose
-        parameters do not vary over the data.
-        """
-        space = self.enumeration
-        with torch.no_grad():
-            parts = []
-            for chunk, weights in self.site_weights():
-                factors = space.factors(chunk, model)
-                parts.append((chunk, {name: factors[name].statistics(w) for name, w in weights.items()}))
 
-        def total() -> Tensor:
-            value: Tensor | float = 0.0
-            for chunk, statistics in parts:
-                factors = space.factors(chunk, model)
-                value = value + sum(weighted(factors[name]) for name, weighted in statistics.items())
-            assert isinstance(value, Tensor)
-            return value
+def q_function(
+    space: Enumeration, site_weights: Iterable[tuple[slice, SiteWeights]], model: Program
+) -> Callable[[], Tensor]:
+    """The objective of an M-step over weighted joint states.
 
-        return total
+    Each call of the result costs one run of the program over the states, whatever the number of rows, for every site whose
+    parameters do not vary over the data.
+
+    Args:
+        space: the states.
+        site_weights: for each chunk, the weights of every site's table, `[axes, plates]` of full size along both.
+        model: the program to learn.
+
+    Returns:
+        A function without arguments: Σ w log p(x, z) at the model's present parameters, 0-d.
+    """
+    with torch.no_grad():
+        parts = []
+        for chunk, weights in site_weights:
+            factors = space.factors(chunk, model)
+            parts.append((chunk, {name: factors[name].statistics(w) for name, w in weights.items()}))
+
+    def total() -> Tensor:
+        values = []
+        for chunk, statistics in parts:
+            factors = space.factors(chunk, model)
+            values += [weighted(factors[name]) for name, weighted in statistics.items()]
+        return torch.stack(values).sum()
+
+    return total
 
 
 def weighted_sum(weights: Tensor, table: Tensor, space: Enumeration) -> Tensor:
     """Σ over axes of weights x table, `[1, plates]`, where a state of weight 0 counts 0 whatever its log probability."""
     product = torch.where(weights > 0, weights * torch.where(weights > 0, table, 0.0), 0.0)
-    return product.sum(list(range(space.ndim - space.structure.plate_depth)), keepdim=True)
+    axes = list(range(space.ndim - space.structure.plate_depth))
+    return product.sum(axes, keepdim=True) if axes else product
