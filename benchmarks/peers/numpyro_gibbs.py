@@ -1,14 +1,15 @@
 """Gibbs sampling of a one-layer net of hidden bits by NumPyro's `DiscreteGibbs`, as fast as it could be made.
 
-`DiscreteGibbs` (NumPyro 0.22 or later) updates one bit at a time, in a random order, each by evaluations of the whole
-log joint of the program. On a program over all data that is N times too much work for a bit of one datum, so the program
-here is that of one datum, and the kernel's step is put under `jax.vmap` over the data and again over the chains; a
+`DiscreteGibbs` (NumPyro 0.22 or later) updates one bit at a time, in a random order, each by evaluating the whole log
+joint of the program. On a program over all data that is N times too much work for one bit of one datum; so the program
+here is that of one datum, and the kernel's step is put under `jax.vmap` over the data and again over the chains. A
 `fori_loop` over the sweeps is compiled as one function. Float64 is switched on within the call only.
 
 What is left to choose is how the program writes its likelihood, see `datum_sweeps_per_second`. Of JAX's generators the
-default one (threefry) was the fastest here, and of the kernel's proposals the exact conditional (its default).
+default one (threefry) was the fastest, and of the kernel's proposals its default (the exact conditional).
 
-How many threads XLA takes is settled when JAX starts: by the processor affinity of the process (`taskset`).
+XLA settles its number of threads when JAX starts: the processors that the process may use, or `NPROC` in the
+environment. One thread was faster than two on this job.
 
 References:
     Composable Effects for Flexible and Accelerated Probabilistic Programming in NumPyro (Phan et al., 2019)
@@ -78,7 +79,7 @@ def datum_sweeps_per_second(
     Raises:
         ValueError: If `likelihood` is none of the four.
     """
-    with jax.enable_x64(True):
+    with jax.enable_x64(True):  # noqa: FBT003
         model, rows = _program(*(jnp.asarray(np.asarray(a), jnp.float64) for a in (weight, bias, prior, x)), likelihood)
         num_data, num_hidden = len(rows), len(np.asarray(prior))
         kernel = DiscreteGibbs(model)

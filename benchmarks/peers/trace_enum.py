@@ -107,10 +107,7 @@ class BeliefNet(nn.Module):
             ]
             h = torch.stack(torch.broadcast_tensors(*bits), dim=-1)  # [2, ..., 2, 1, H] enumerated, else [N, H]
             mean = self.bias + h @ self.weight  # [..., D]
-            if self.sigma is None:
-                likelihood = dist.Bernoulli(logits=mean)
-            else:
-                likelihood = dist.Normal(mean, self.sigma)
+            likelihood = dist.Bernoulli(logits=mean) if self.sigma is None else dist.Normal(mean, self.sigma)
             pyro.sample("x", likelihood.to_event(1), obs=x)
 
 

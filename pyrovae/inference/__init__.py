@@ -1,7 +1,24 @@
 """Inference methods: each takes any Pyro program and returns an account of how far it can be trusted."""
 
 from pyrovae.inference.elbo import ExactLikelihood
+from pyrovae.inference.em import EM
 from pyrovae.inference.exact import Exact, ExactPosterior
+from pyrovae.inference.fit import Fit
+from pyrovae.inference.importance import Importance
+from pyrovae.inference.mcmc import MCMC, Gibbs, GibbsKernel
 from pyrovae.inference.posterior import Posterior
+from pyrovae.inference.variational import Variational
 
-__all__ = ["Exact", "ExactLikelihood", "ExactPosterior", "Posterior"]
+__all__ = [
+    "EM",
+    "MCMC",
+    "Exact",
+    "ExactLikelihood",
+    "ExactPosterior",
+    "Fit",
+    "Gibbs",
+    "GibbsKernel",
+    "Importance",
+    "Posterior",
+    "Variational",
+]

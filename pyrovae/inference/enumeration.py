@@ -83,6 +83,8 @@ class Enumeration:
         max_evaluations: the most log joint values that may be computed.
         method: named in error messages.
         plain: evaluate every site by its own `log_prob` (the oracle).
+        states: codes `[S, components]` of every site: only these S joint states, along one axis. The program must have a
+            single level.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Enumeration:
         max_evaluations: int = 2**33,
         method: str = "Exact",
         plain: bool = False,
+        states: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.program, self.args, self.kwargs, self.method, self.plain = program, args, dict(kwargs), method, plain
         self.structure = read_structure(program, args, kwargs)
@@ -102,7 +105,10 @@ class Enumeration:
         latents = finite_latents(self.structure, method, "Variational, Importance or MCMC(NUTS(model), ...)")
         self.levels = _nested_levels(self.structure, latents, method)
         self._lay_out(latents)
-        self.chunk_axis, self.chunk_size = self._plan(max_bytes, max_evaluations)
+        if states is None:
+            self.chunk_axis, self.chunk_size = self._plan(max_bytes, max_evaluations)
+        else:
+            self._restrict(latents, states)
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -234,6 +240,16 @@ class Enumeration:
             f"{problem}. Latents arrive with dims of joint states left of the plates: write z.reshape(z.shape[:-2] + "
             "(-1,)) and h @ W, not z.view(N, -1); do not concatenate a latent with data; do not branch on its value"
         ) from problem
+
+    def _restrict(self, latents: Sequence[Latent], states: Mapping[str, Tensor]) -> None:
+        """Put a list of joint states along one axis instead of all."""
+        size = next(iter(states.values())).shape[0]
+        axis = Axis(-1 - self.structure.plate_depth, 0, tuple(latents), size, dict(states))
+        self.axes, self.ndim, self.chunk_axis, self.chunk_size = [axis], self.structure.plate_depth + 1, axis, size
+        self.shapes = {
+            name: replace(shape, axes=frozenset({axis.dim}) if shape.axes else frozenset(), level=0)
+            for name, shape in self.shapes.items()
+        }
 
     def _make_axes(self, latents: Sequence[Latent], *, joint: bool) -> list[Axis]:
         groups: list[tuple[Latent, ...]] = []
@@ -420,25 +436,6 @@ class _Mismatch(ValueError):
 
 class _Refusal(ValueError):
     """A program that no layout can serve."""
-
-
-def visited(enumeration: Enumeration, codes: Mapping[str, Tensor]) -> Enumeration:
-    """The same program over a list of joint states of one axis instead of all.
-
-    Args:
-        enumeration: of a program with a single level.
-        codes: codes `[S, components]` of every site at the S states.
-    """
-    new = copy.copy(enumeration)
-    sites = tuple(site for axis in enumeration.axes for site in axis.sites)
-    size = next(iter(codes.values())).shape[0]
-    axis = Axis(-1 - new.structure.plate_depth, 0, sites, size, dict(codes))
-    new.axes, new.ndim, new.chunk_axis, new.chunk_size = [axis], new.structure.plate_depth + 1, axis, size
-    new.shapes = {
-        name: replace(shape, axes=frozenset({axis.dim}) if shape.axes else frozenset(), level=0)
-        for name, shape in enumeration.shapes.items()
-    }
-    return new
 
 
 def _nested_levels(structure: Structure, latents: Sequence[Latent], method: str) -> list[frozenset[int]]:

@@ -1,0 +1,185 @@
+"""Expectation maximisation, with any posterior for its E-step."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import trange
+
+from pyrovae.handlers.structure import read_structure
+from pyrovae.inference.exact import Exact
+from pyrovae.inference.fit import Fit, check_penalty, snapshot, squared_norm, versions
+from pyrovae.inference.posterior import Posterior, Program
+
+
+class InferenceMethod(Protocol):
+    """What an E-step is."""
+
+    def infer(self, model: Program, *args: Any, **kwargs: Any) -> Posterior:
+        """The posterior of a program's latents at its arguments."""
+
+
+class EM:
+    """Maximise log p(x) − λ/2 ‖θ‖² by alternating q(z) ← posterior and θ ← argmax Q(θ) = E_q[log p(x, z)] − λ/2 ‖θ‖².
+
+    With `EM(e_step=Exact())` this is EM: the penalised log likelihood never decreases, which is checked at every iteration.
+    `EM(e_step=Gibbs(…))` is Monte-Carlo EM, monotone only on average; `EM(e_step=MeanField())` is variational EM, which
+    raises its bound. The M-step is the model's own `m_step(posterior, *args)` where it declares one and λ = 0; else
+    L-BFGS on Q, undone if Q fell (generalised EM). Where parameters do not vary over the data, Q needs the data only once
+    an E-step.
+
+    Cost of an iteration: one E-step, and about `m_steps` runs of the program over the joint states.
+
+    Args:
+        e_step: any inference method; default `Exact()`.
+        num_iterations: M-steps; one more E-step tells the bound of the last parameters.
+        m_steps: L-BFGS iterations of one M-step.
+        penalty: λ, the precision of a Gaussian prior on every parameter of the model.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for negative numbers.
+
+    References:
+        Maximum likelihood from incomplete data via the EM algorithm (Dempster et al., 1977)
+        https://doi.org/10.1111/j.2517-6161.1977.tb01600.x
+        A view of the EM algorithm that justifies incremental, sparse, and other variants (Neal and Hinton, 1998)
+        https://doi.org/10.1007/978-94-011-5014-9_12
+    """
+
+    def __init__(
+        self,
+        e_step: InferenceMethod | None = None,
+        num_iterations: int = 50,
+        *,
+        m_steps: int = 5,
+        penalty: float = 0.0,
+        progress: bool = False,
+    ) -> None:
+        if num_iterations < 1 or m_steps < 1:
+            raise ValueError(f"expected num_iterations >= 1 and m_steps >= 1, got {num_iterations} and {m_steps}")
+        self.e_step = Exact() if e_step is None else e_step
+        self.num_iterations, self.m_steps, self.progress = num_iterations, m_steps, progress
+        self.penalty = check_penalty(penalty)
+
+    def fit(self, model: Program, *args: Any, validation: Any = None, **kwargs: Any) -> Fit:
+        """Learn the model's parameters in place.
+
+        Args:
+            model: a Pyro program.
+            *args: its arguments, the data first.
+            validation: other data (a tensor, or a tuple of arguments) whose bound is logged.
+            **kwargs: its keyword arguments.
+
+        Raises:
+            ValueError: if the model has no parameters, or the E-step refuses the program.
+            RuntimeError: if the penalised log likelihood fell although the E-step is exact.
+        """
+        begin, seed = time.perf_counter(), torch.initial_seed()
+        leaves = {n: leaf for n, leaf in read_structure(model, args, kwargs).leaves.items() if leaf.requires_grad}
+        if not leaves:
+            raise ValueError("expected a model with parameters, got none; there is nothing to learn")
+        history: list[dict[str, Any]] = []
+        evaluations, previous = 0, None
+        gradients = {name: leaf.grad for name, leaf in leaves.items()}
+        for step in trange(self.num_iterations + 1, desc="EM", disable=not self.progress):
+            posterior = self.e_step.infer(model, *args, **kwargs)
+            evaluations += int(posterior.diagnostics.get("model_evaluations", 0))
+            record = self._record(step, posterior, leaves, model, validation, kwargs)
+            history.append(record | {"seconds": time.perf_counter() - begin})
+            if posterior.bound == "exact":
+                self._check_monotone(previous, record["loss"], posterior)
+                previous = record["loss"]
+            if step < self.num_iterations:
+                evaluations += self._m_step(model, posterior, leaves, args)
+        for name, leaf in leaves.items():
+            leaf.grad = gradients[name]
+        return Fit(
+            history=tuple(history),
+            bound=posterior.bound,
+            states={"model": snapshot(leaves)},
+            seconds=time.perf_counter() - begin,
+            model_evaluations=evaluations,
+            seed=seed,
+            penalty=self.penalty,
+            versions=versions(),
+        )
+
+    def _m_step(self, model: Program, posterior: Posterior, leaves: Mapping[str, Tensor], args: tuple[Any, ...]) -> int:
+        """Raise Q; the number of its evaluations."""
+        own = getattr(model, "m_step", None)
+        if own is not None and (self.penalty == 0 or "penalty" in inspect.signature(own).parameters):
+            own(posterior, *args, **({"penalty": self.penalty} if self.penalty else {}))
+            return 0
+        return maximise(
+            posterior.q_function(model), leaves, self.penalty, self.m_steps, posterior.structure.batch_shape.numel()
+        )
+
+    def _record(
+        self,
+        step: int,
+        posterior: Posterior,
+        leaves: Mapping[str, Tensor],
+        model: Program,
+        validation: Any,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        record: dict[str, Any] = {"step": step, "loss": None, "bound": None, "stderr": None, "validation": None}
+        if posterior.log_evidence is not None:
+            rows = max(1, posterior.log_evidence.numel())
+            stderr = torch.as_tensor(posterior.stderr).expand_as(posterior.log_evidence)
+            record["loss"] = float(-posterior.log_evidence.sum() + self.penalty / 2 * squared_norm(leaves).detach())
+            record["bound"] = float(posterior.log_evidence.mean())
+            record["stderr"] = float(stderr.square().sum().sqrt() / rows)
+        if validation is not None:
+            others = validation if isinstance(validation, tuple) else (validation,)
+            evidence = self.e_step.infer(model, *others, **kwargs).log_evidence
+            record["validation"] = None if evidence is None else float(evidence.mean())
+        return record
+
+    def _check_monotone(self, previous: float | None, loss: float, posterior: Posterior) -> None:
+        evidence = posterior.log_evidence
+        assert evidence is not None
+        rows = max(1, evidence.numel())
+        allowed = rows * 1e-9 if evidence.dtype == torch.float64 else abs(loss) * torch.finfo(evidence.dtype).eps * 16
+        if previous is not None and not loss <= previous + allowed:
+            raise RuntimeError(
+                f"expected exact EM never to lower the penalised log likelihood, got {-previous:.12g} then {-loss:.12g}; the "
+                "model's m_step does not raise Q, or the program is not the same at every call"
+            )
+
+
+def maximise(q: Callable[[], Tensor], leaves: Mapping[str, Tensor], penalty: float, steps: int, rows: int) -> int:
+    """Raise q − λ/2 ‖θ‖² by L-BFGS, in place; parameters are put back if it fell.
+
+    Returns:
+        The number of evaluations of q.
+    """
+    calls = 0
+    before = snapshot(leaves)
+    optimizer = torch.optim.LBFGS(
+        list(leaves.values()), max_iter=steps, max_eval=4 * steps, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return (penalty / 2 * squared_norm(leaves) - q()) / rows
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = objective()
+        loss.backward()
+        return loss
+
+    start = optimizer.step(closure)
+    with torch.no_grad():
+        if not objective() <= start:
+            for name, leaf in leaves.items():
+                leaf.copy_(before[name])
+    return calls

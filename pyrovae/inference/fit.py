@@ -1,0 +1,70 @@
+"""What every learning method returns."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.inference.posterior import Bound
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fit:
+    """An account of a learning run. The learned parameters are in the model (and guide) themselves, and in `states`.
+
+    Attributes:
+        history: records in order, each with `step`, `loss` (the objective, summed over the data, penalties and relaxation
+            included), `bound` (log p(x) or a bound of it as `bound` says, per datum in nats, discrete latents and KL weight
+            1, None where the method has none), `stderr`, `validation` (the same on validation data, or None) and `seconds`.
+        bound: what the histories' `bound` is.
+        states: detached parameters at the end, `{"model": {name: tensor}, "guide": …}`.
+        seconds: wall time.
+        model_evaluations: values of log p(x, z) of one datum at one z that were computed, one gradient counted once.
+        seed: the seed of torch's generator at the start.
+        penalty: the precision λ of the Gaussian prior on the model's parameters, −λ/2 ‖θ‖² in the objective.
+        versions: of Python and the packages that matter.
+    """
+
+    history: tuple[Mapping[str, Any], ...] = field(repr=False)
+    bound: Bound
+    states: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
+    seconds: float
+    model_evaluations: int
+    seed: int
+    penalty: float
+    versions: Mapping[str, str] = field(repr=False)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, torch, Pyro and this library."""
+    from pyrovae import __version__
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro-ppl": version("pyro-ppl"),
+        "pyrovae": __version__,
+    }
+
+
+def snapshot(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached copies of parameters."""
+    return {name: leaf.detach().clone() for name, leaf in leaves.items()}
+
+
+def squared_norm(leaves: Mapping[str, Tensor]) -> Tensor:
+    """‖θ‖² of all parameters, 0-d."""
+    return torch.stack([(leaf**2).sum() for leaf in leaves.values()]).sum()
+
+
+def check_penalty(penalty: float) -> float:
+    """A penalty's precision, not negative."""
+    if not penalty >= 0:
+        raise ValueError(f"expected penalty >= 0, got {penalty}")
+    return float(penalty)

@@ -1,0 +1,127 @@
+"""log p(x, z) of a program at given states of its latents, one run for many states where the program allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.handlers.structure import Structure, draw_sites, read_structure, run_sites
+from pyrovae.inference.elimination import Term, add, sum_plates
+from pyrovae.inference.factors import site_factor
+from pyrovae.ops import isolated_rng
+
+Program = Callable[..., Any]
+States = dict[str, Tensor]
+
+
+class LogJoint:
+    """log p(x, z) at states `{site: [K, *batch_shape, *event]}` that may differ between rows.
+
+    A program that broadcasts on the left is run once for all K states; one that does not, or whose result for a state
+    depends on the other states, is run K times. Which of the two holds is found out by evaluating a few prior draws
+    together and apart.
+
+    Args:
+        program: a Pyro model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        structure: of the program at these arguments, where it is known already.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        structure: Structure | None = None,
+    ) -> None:
+        self.program, self.args, self.kwargs = program, args, dict(kwargs)
+        self.structure = read_structure(program, args, kwargs) if structure is None else structure
+        self.plate_sizes = {plate.dim: plate.size for plate in self.structure.plates}
+        self._broadcasts: bool | None = None
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether one run serves many states."""
+        if self._broadcasts is None:
+            with torch.no_grad():
+                self._broadcasts = self._agrees()
+        return self._broadcasts
+
+    def __call__(self, states: Mapping[str, Tensor], program: Program | None = None) -> Tensor:
+        """log p(x, z) `[K, batch]`, plate factors and scales left out, differentiable in the program's parameters.
+
+        Args:
+            states: `{site: [K, *batch_shape, *event]}` for every latent.
+            program: another program with the same sites (the model after an M-step).
+        """
+        size = next(iter(states.values())).shape[0]
+        terms = self.terms(states, program)
+        keep = frozenset(plate.dim for plate in self.structure.batch)
+        total = add(sum_plates(term, keep, self.plate_sizes).table for term in terms.values())
+        return self.structure.to_batch(total.expand((size, *total.shape[1:])))
+
+    def terms(self, states: Mapping[str, Tensor], program: Program | None = None) -> dict[str, Term]:
+        """The log probability of every site, `[K, plates]`."""
+        if self.broadcasts:
+            return self._run(states, program)
+        size = next(iter(states.values())).shape[0]
+        rows = [self._run({name: value[k : k + 1] for name, value in states.items()}, program) for k in range(size)]
+        names = [name for name in rows[0] if all(name in row for row in rows)]
+        if len(names) < max(len(row) for row in rows):
+            # Sites that exist at some states only: told as one term over the batch.
+            return {"log_joint": Term(torch.cat([self._total(row) for row in rows]), self._batch_dims(), 0)}
+        found = {}
+        for name in names:
+            shape = torch.broadcast_shapes(*(row[name].table.shape for row in rows))
+            tables = torch.cat([row[name].table.expand(shape) for row in rows])
+            found[name] = Term(tables, rows[0][name].plate_dims, 0)
+        return found
+
+    def _run(self, states: Mapping[str, Tensor], program: Program | None) -> dict[str, Term]:
+        depth = self.structure.plate_depth
+        values = {}
+        for latent in self.structure.latents:
+            value = states[latent.name]
+            wide = (1,) * (depth - len(latent.batch_shape))
+            values[latent.name] = value.reshape(value.shape[:1] + wide + latent.batch_shape + latent.event_shape)
+            if value.shape[0] == 1:
+                values[latent.name] = value.reshape(latent.batch_shape + latent.event_shape)
+        sites = run_sites(program or self.program, self.args, self.kwargs, values, self.structure.subsample)
+        factors = [site_factor(site, depth + 1) for site in sites.values()]
+        return {factor.name: Term(factor.table(), factor.plate_dims, 0) for factor in factors}
+
+    def _agrees(self) -> bool:
+        """Whether three draws of the prior have the same log joint together and apart."""
+        with isolated_rng(0):
+            draws = [draw_sites(self.program, self.args, self.kwargs, self.structure.subsample) for _ in range(3)]
+        if any(set(draw) != set(draws[0]) for draw in draws):
+            return False
+        states = {
+            latent.name: torch.stack([draw[latent.name].value.expand(latent.batch_shape + latent.event_shape) for draw in draws])
+            for latent in self.structure.latents
+        }
+        try:
+            together = self._run(states, None)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False
+        for k in range(3):
+            apart = self._run({name: value[k : k + 1] for name, value in states.items()}, None)
+            if set(apart) != set(together):
+                return False
+            for name, term in apart.items():
+                table = together[name].table[k if together[name].table.shape[0] > 1 else 0]
+                tolerance = torch.finfo(table.dtype).eps ** 0.5
+                if not torch.allclose(table, term.table[0], rtol=tolerance, atol=tolerance, equal_nan=True):
+                    return False
+        return True
+
+    def _total(self, terms: Mapping[str, Term]) -> Tensor:
+        return add(sum_plates(term, self._batch_dims(), self.plate_sizes).table for term in terms.values())
+
+    def _batch_dims(self) -> frozenset[int]:
+        return frozenset(plate.dim for plate in self.structure.batch)
