@@ -263,8 +263,8 @@ class _Solution:
         space = self.space
         outer = {name: clique for name, clique in wanted.items() if clique.level < self.level}
         inner = {name: clique for name, clique in wanted.items() if clique.level >= self.level}
-        outer = self.message.table.shape[: space.ndim - space.structure.plate_depth]
-        shape = outer + self._plate_shape(self.level, native=False)
+        lead = self.message.table.shape[: space.ndim - space.structure.plate_depth]
+        shape = lead + self._plate_shape(self.level, native=False)
         with torch.enable_grad():
             message = Term(self.message.table.expand(shape).clone().requires_grad_(), self.message.plate_dims, self.level)
             probes = [self._zeros(clique, None) for clique in outer.values()]
