@@ -11,7 +11,8 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyrovae.guides.mean_field import MeanField, plate_sizes, stored_rows, taken_rows, width
+from pyrovae.guides.factor import width
+from pyrovae.guides.mean_field import MeanField, plate_sizes, stored_rows, taken_rows
 from pyrovae.guides.pilot import Pilot, example_of, innermost_program, read_pilot
 from pyrovae.handlers import own_params
 from pyrovae.handlers.structure import Latent

@@ -1,25 +1,17 @@
-"""What the mean-field guides share: one factor a site, and the walk through the model that places them.
-
-At each call the guide runs its model under a handler that puts q's factor where the model has its prior, and leaves right
-after the last latent site. So plates, their sizes, indices, scales and masks are the model's own at that very call, and the
-decoder never runs.
-"""
+"""What the mean-field guides share: their parameters' layout, and the rows of them that a call sees."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyrovae.guides.factor import width
 from pyrovae.guides.pilot import Pilot, positional
-from pyrovae.handlers import Module, own_params
-from pyrovae.handlers.relax import StableRelaxedBernoulli, StableRelaxedOneHotCategorical, innermost
+from pyrovae.guides.walk import walk
+from pyrovae.handlers import Module
 from pyrovae.handlers.structure import Latent
 
 
@@ -50,13 +42,14 @@ class MeanField(Module):
         (model,) = self._model
         if observations is not None:
             args = self._observe(args, observations)
-        walk = _Walk(self, self._unconstrained(positional(model, args, kwargs)))
-        try:
-            with torch.no_grad(), walk:
-                own_params(model)(*args, **kwargs)
-        except _LastSite:
-            pass
-        return walk.values
+        parameters = self._unconstrained(positional(model, args, kwargs))
+        return walk(
+            model,
+            args,
+            kwargs,
+            self._pilot.latents,
+            lambda latent, frames, indices: self._rows(latent, parameters[latent.name], frames, indices),
+        )
 
     def _unconstrained(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
         """Unconstrained parameters `[..., *plate dims, width]` by site, for data arguments `args`."""
@@ -88,12 +81,6 @@ class MeanField(Module):
         parameters[_key(latent)] = nn.Parameter(small_normal(value))
 
 
-def width(latent: Latent) -> int:
-    """How many unconstrained parameters the factor of a site has."""
-    per_component = {"bit": 1, "relaxed_bit": 1, "real": 2}
-    return latent.components * per_component.get(latent.kind, latent.cardinality)
-
-
 def stored_rows(
     latent: Latent, parameters: Tensor, frames: Mapping[int, Any], indices: Mapping[str, Tensor], shared: frozenset[str]
 ) -> Tensor:
@@ -110,10 +97,10 @@ def stored_rows(
         ValueError: if a plate has another size than the parameters.
     """
     for dim, frame in frames.items():
-        size = parameters.shape[dim - 1]
+        size = parameters.shape[dim - 1] if -dim < parameters.dim() else 1
         if frame.name in shared:
             continue
-        if frame.full_size != size:
+        if frame.full_size != size or -dim >= parameters.dim():
             raise ValueError(
                 f"expected plate {frame.name!r} around site {latent.name!r} with the {size} rows of the guide's example, got "
                 f"{int(frame.full_size)}; the site has parameters for each row: make the guide with example=..., or let an "
@@ -147,126 +134,6 @@ def taken_rows(
             f"dim {dim}; return a dict by site, each [*plates, {width(latent)}]"
         )
     return parameters
-
-
-class _LastSite(Exception):
-    """Every latent has its value."""
-
-
-class _Walk(Messenger):
-    """Puts factors where a model has priors, hides all else, and leaves after the last latent."""
-
-    def __init__(self, guide: MeanField, parameters: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.guide, self.parameters = guide, parameters
-        self.latents = {latent.name: latent for latent in guide._pilot.latents}
-        self.waiting = set(self.latents)
-        self.indices: dict[str, Tensor] = {}
-        self.values: dict[str, Tensor] = {}
-        self.grad = torch.is_grad_enabled()
-
-    def _pyro_param(self, msg: dict[str, Any]) -> None:
-        """Answer without the store where it does not know the name; outer handlers do not see the model's parameters."""
-        msg["stop"] = True
-        initial = msg["args"][1] if len(msg["args"]) > 1 else None
-        if msg["done"] or initial is None or msg["name"] in pyro.get_param_store():
-            return
-        value = (initial() if callable(initial) else initial).detach()
-        value.unconstrained = weakref.ref(value)
-        msg["value"], msg["done"] = value, True
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if _is_subsample(msg):
-            return
-        latent = self.latents.get(msg["name"])
-        if latent is None or msg["is_observed"]:
-            msg["stop"] = True
-            return
-        frames = {frame.dim: frame for frame in msg["cond_indep_stack"] if frame.vectorized}
-        torch.set_grad_enabled(self.grad)
-        parameters = self.guide._rows(latent, self.parameters[latent.name], frames, self.indices)
-        msg["fn"] = _factor(latent, parameters, frames, msg["fn"])
-        msg["infer"] = {key: value for key, value in msg["infer"].items() if key == "is_auxiliary"}
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if _is_subsample(msg):
-            if isinstance(msg["value"], Tensor):
-                self.indices[msg["name"]] = msg["value"]
-            return
-        torch.set_grad_enabled(False)
-        if msg["name"] in self.latents and not msg["is_observed"]:
-            self.values[msg["name"]] = msg["value"]
-        self.waiting.discard(msg["name"])
-        if not self.waiting:
-            raise _LastSite
-
-
-def _factor(latent: Latent, parameters: Tensor, frames: Mapping[int, Any], prior: Any) -> Any:
-    """The distribution of a site under q: independent components, batch shape that of the model's plates, the prior's masks."""
-    event = latent.event_shape
-    if prior.event_shape != event:
-        raise ValueError(
-            f"expected site {latent.name!r} with events of shape {tuple(event)} as in the guide's example, got "
-            f"{tuple(prior.event_shape)}; make another guide for this shape"
-        )
-    plates = torch.Size(int(frames[dim].size) if dim in frames else 1 for dim in range(min(frames, default=0), 0))
-    batch = torch.broadcast_shapes(parameters.shape[:-1], plates)
-    fn = _components(latent, parameters, innermost(prior))
-    dims = len(event) - fn.event_dim
-    masks = _masks(prior)
-    if not {depth for depth, _ in masks} <= {0, dims}:
-        raise ValueError(
-            f"expected the mask of site {latent.name!r} inside or outside all of .to_event, got it between; move it"
-        )
-    fn = fn.expand(batch + event[:dims])
-    for depth, mask in masks:
-        fn = fn.mask(mask) if depth and dims else fn
-    fn = fn.to_event(dims)
-    for depth, mask in masks:
-        fn = fn if depth and dims else fn.mask(mask)
-    return fn
-
-
-def _components(latent: Latent, parameters: Tensor, prior: Any) -> Any:
-    """The factor of each component, from `[..., width]`; `prior` is the model's own, bare."""
-    lead = parameters.shape[:-1] + latent.event_shape
-    if latent.kind == "bit":
-        return dist.Bernoulli(logits=parameters.reshape(lead))
-    if latent.kind == "integer":
-        return dist.Categorical(logits=parameters.reshape((*lead, latent.cardinality)))
-    if latent.kind == "one_hot":
-        return dist.OneHotCategorical(logits=parameters.reshape(lead))
-    if latent.kind == "real":
-        loc, log_scale = parameters.chunk(2, -1)
-        return dist.Normal(loc.reshape(lead), log_scale.exp().reshape(lead))
-    family = _relaxed_family(type(prior))
-    return family(prior.temperature.detach(), logits=parameters.reshape(lead), validate_args=False)
-
-
-def _masks(prior: Any) -> list[tuple[int, Any]]:
-    """The masks around a distribution, each with the number of event dims that `.to_event` adds outside it."""
-    masks, depth = [], 0
-    base = innermost(prior)
-    while prior is not base:
-        if isinstance(prior, torch.distributions.Independent):
-            depth += prior.reinterpreted_batch_ndims
-        elif isinstance(prior, dist.MaskedDistribution):
-            masks.append((depth, prior._mask))
-        prior = prior.base_dist
-    return masks
-
-
-def _relaxed_family(family: type) -> type:
-    """The stable form of Pyro's own soft families; a subclass, as a straight-through one, is taken as it is."""
-    stable = {
-        dist.RelaxedBernoulli: StableRelaxedBernoulli,
-        dist.RelaxedOneHotCategorical: StableRelaxedOneHotCategorical,
-    }
-    return stable.get(family, family)
-
-
-def _is_subsample(msg: dict[str, Any]) -> bool:
-    return type(msg["fn"]).__name__ == "_Subsample"
 
 
 def _on(indices: Tensor, parameters: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ def _is_discrete(fn: Any) -> bool:
 def _open_uniform(shape: torch.Size, like: Tensor) -> Tensor:
     """Uniform values in (0, 1), away from both ends."""
     limits = torch.finfo(like.dtype)
-    return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(limits.tiny, 1 - limits.eps)
+    return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(limits.eps, 1 - limits.eps)
 
 
 def _bounds(dtype: torch.dtype) -> tuple[float, float]:

@@ -1,0 +1,102 @@
+"""The walk: a run of the model in which q's factors stand where the model has its priors.
+
+Plates, their sizes, indices, scales and masks are then the model's own at that very call, and outer handlers (traces,
+particle plates, `relax`) see the latents as ordinary sample statements of the guide, and nothing else of the model. It ends
+after the last latent, so that the decoder never runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyrovae.guides.factor import factor
+from pyrovae.handlers import own_params
+from pyrovae.handlers.structure import Latent
+
+Rows = Callable[[Latent, Mapping[int, Any], Mapping[str, Tensor]], Tensor]
+
+
+def walk(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], latents: Iterable[Latent], rows: Rows
+) -> dict[str, Tensor]:
+    """Sample the latents of a model from a guide's factors.
+
+    Args:
+        model: a Pyro program.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        latents: the sites to place factors at.
+        rows: gives the unconstrained parameters `[..., *plate dims, width]` of a latent, for the plates of this call by dim
+            and their indices by name.
+
+    Returns:
+        Values by site; their gradients reach the parameters, and nothing of the model.
+    """
+    handler = _Walk(latents, rows)
+    try:
+        with torch.no_grad(), handler:
+            own_params(model)(*args, **kwargs)
+    except _LastSiteReached:
+        pass
+    return handler.values
+
+
+class _LastSiteReached(Exception):
+    """Every latent has its value."""
+
+
+class _Walk(Messenger):
+    """Puts factors where a model has priors, hides all else, and leaves after the last latent."""
+
+    def __init__(self, latents: Iterable[Latent], rows: Rows) -> None:
+        super().__init__()
+        self.rows = rows
+        self.latents = {latent.name: latent for latent in latents}
+        self.waiting = set(self.latents)
+        self.indices: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
+        self.grad = torch.is_grad_enabled()
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        """Answer without the store where it does not know the name; outer handlers do not see the model's parameters."""
+        msg["stop"] = True
+        initial = msg["args"][1] if len(msg["args"]) > 1 else None
+        if msg["done"] or initial is None or msg["name"] in pyro.get_param_store():
+            return
+        value = (initial() if callable(initial) else initial).detach()
+        value.unconstrained = weakref.ref(value)
+        msg["value"], msg["done"] = value, True
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if _is_subsample(msg):
+            return
+        latent = self.latents.get(msg["name"])
+        if latent is None or msg["is_observed"]:
+            msg["stop"] = True
+            return
+        frames = {frame.dim: frame for frame in msg["cond_indep_stack"] if frame.vectorized}
+        torch.set_grad_enabled(self.grad)
+        msg["fn"] = factor(latent, self.rows(latent, frames, self.indices), frames, msg["fn"])
+        msg["infer"] = {key: value for key, value in msg["infer"].items() if key == "is_auxiliary"}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if _is_subsample(msg):
+            self.indices[msg["name"]] = torch.as_tensor(msg["value"])
+            return
+        torch.set_grad_enabled(False)
+        if msg["name"] in self.latents and not msg["is_observed"]:
+            self.values[msg["name"]] = msg["value"]
+        self.waiting.discard(msg["name"])
+        if not self.waiting:
+            raise _LastSiteReached
+
+
+def _is_subsample(msg: dict[str, Any]) -> bool:
+    return type(msg["fn"]).__name__ == "_Subsample"
