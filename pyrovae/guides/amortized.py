@@ -161,12 +161,12 @@ class _Perceptron(nn.Module):
     def __init__(self, pilot: Pilot, data: Tensor) -> None:
         super().__init__()
         batch = frozenset(plate.name for plate in pilot.batch)
-        self.axes = len(pilot.batch)
         self.dims = tuple(plate.dim for plate in pilot.batch)
+        self.event_dims = data.dim() - len(self.dims)
         self.sites = tuple(
             (latent.name, _wide(pilot.plate_depth, plate_sizes(latent, batch)), width(latent)) for latent in pilot.local_latents
         )
-        inputs = data[(0,) * self.axes].numel()
+        inputs = data[(0,) * len(self.dims)].numel()
         outputs = [torch.Size(wide).numel() * n for _, wide, n in self.sites]
         units = min(max(inputs, sum(outputs)), 512)
         self.dtype = dtype = data.dtype if data.is_floating_point() else torch.get_default_dtype()
@@ -178,14 +178,15 @@ class _Perceptron(nn.Module):
         self.outputs = outputs
 
     def forward(self, data: Tensor) -> dict[str, Tensor]:
-        outputs = self.net(data.flatten(self.axes).to(self.dtype))
+        lead = data.shape[: data.dim() - self.event_dims]
+        outputs = self.net(data.reshape((*lead, -1)).to(self.dtype))
         parts = outputs.split(self.outputs, -1)
         result = {}
         for (name, wide, n), part in zip(self.sites, parts, strict=True):
             shape = list(wide)
-            for dim, size in zip(self.dims, data.shape, strict=False):
-                shape[dim] = size
-            result[name] = part.reshape((*shape, n))
+            for i, dim in enumerate(self.dims):
+                shape[dim] = lead[i - len(self.dims)]
+            result[name] = part.reshape((*lead[: len(lead) - len(self.dims)], *shape, n))
         return result
 
 
