@@ -70,6 +70,7 @@ class AmortizedMeanField(MeanField):
         super().__init__(model, read_pilot(model, args, "AmortizedMeanField", None))
         self._given = frozenset(latent.name for latent in self._pilot.latents)  # until the encoder is known
         tensors = _tensors(args)
+        self._example_shapes = _event_shapes(tensors, len(self._pilot.batch))
         if encoder is None and self._pilot.local:
             encoder = _default_encoder(model, self._pilot, tensors)
         self.encoder = encoder
@@ -112,7 +113,17 @@ class AmortizedMeanField(MeanField):
         assert encoder is not None
         if not tensors:
             raise ValueError("expected data for the encoder as the program's first argument, got none; pass the data")
-        parameters = self._split(encoder(*_taken(encoder, tensors)))
+        try:
+            output = encoder(*_taken(encoder, tensors))
+        except RuntimeError as error:
+            shapes = _event_shapes(tensors, len(self._pilot.batch))
+            if shapes == self._example_shapes:
+                raise
+            raise ValueError(
+                f"expected data of shape [batch, …] with … as in the guide's example, {self._example_shapes}, got {shapes}, on "
+                f"which the encoder failed: {error}; pass data of the width that the guide was built for"
+            ) from error
+        parameters = self._split(output)
         if missing := self._given - set(parameters):
             raise ValueError(
                 f"expected an encoder that gives parameters for {sorted(self._given)}, got none for {sorted(missing)}; return "
@@ -208,6 +219,10 @@ def _wide(depth: int, sizes: Mapping[int, int]) -> tuple[int, ...]:
 
 def _tensors(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return tuple(argument for argument in args if isinstance(argument, Tensor))
+
+
+def _event_shapes(tensors: tuple[Tensor, ...], batch_dims: int) -> list[list[int]]:
+    return [list(tensor.shape[batch_dims:]) for tensor in tensors]
 
 
 def _taken(encoder: Callable[..., Any], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -106,6 +106,7 @@ def positional(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 def _own_example(model: Callable[..., Any], guide: str) -> tuple[Any, ...]:
     """No arguments, or a draw of the model that becomes its observation when it is passed as the data."""
+    model = innermost_program(model)  # `relax` would relax the data, too
     hint = f"pass example=(x,) to {guide}, with the arguments of one call"
     try:
         sites = _sites(model, ())
