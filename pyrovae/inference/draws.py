@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,7 +175,9 @@ class DrawsPosterior(Posterior):
         weights = self.log_weights.exp()
         weights = self.structure.from_batch(weights)
         depth = codes.dim() - 2
-        weights = weights.reshape(weights.shape[:1] + weights.shape[1 + weights.dim() - 1 - depth :] if depth else weights.shape[:1])
+        weights = weights.reshape(
+            weights.shape[:1] + weights.shape[1 + weights.dim() - 1 - depth :] if depth else weights.shape[:1]
+        )
         return (weights.unsqueeze(-1) * codes).sum(0)
 
     def _over_site(self, values: Tensor, latent: Latent) -> Tensor:
@@ -195,9 +196,11 @@ class DrawsPosterior(Posterior):
         length = max(1, math.isqrt(draws))
         count = draws // length
         blocks = value.reshape((chains, draws, *value.shape[1:]))[:, : count * length]
-        means = blocks.reshape((chains * count, length, *value.shape[1:])) if chains == 1 else blocks.reshape(
-            (chains, count, length, *value.shape[1:])
-        ).flatten(0, 1)
+        means = (
+            blocks.reshape((chains * count, length, *value.shape[1:]))
+            if chains == 1
+            else blocks.reshape((chains, count, length, *value.shape[1:])).flatten(0, 1)
+        )
         means = means.mean(1)
         return means.std(0) / math.sqrt(means.shape[0]) if means.shape[0] > 1 else torch.full_like(means[0], math.nan)
 
@@ -235,9 +238,7 @@ class DrawsPosterior(Posterior):
         for latent in latents:
             codes = self.codes[latent.name].reshape(-1, latent.components)
             states[latent.name] = codes[first].long()
-        space = Enumeration(
-            model, self.log_joint.args, self.log_joint.kwargs, max_bytes=_MAX_BYTES, method="EM", states=states
-        )
+        space = Enumeration(model, self.log_joint.args, self.log_joint.kwargs, max_bytes=_MAX_BYTES, method="EM", states=states)
         wide = (1,) * (self.structure.plate_depth - len(latents[0].batch_shape))
         table = table.T.reshape((distinct.numel(), *wide, *latents[0].batch_shape))
         weights_of = {}

@@ -162,9 +162,7 @@ def maximise(q: Callable[[], Tensor], leaves: Mapping[str, Tensor], penalty: flo
     """
     calls = 0
     before = snapshot(leaves)
-    optimizer = torch.optim.LBFGS(
-        list(leaves.values()), max_iter=steps, max_eval=4 * steps, line_search_fn="strong_wolfe"
-    )
+    optimizer = torch.optim.LBFGS(list(leaves.values()), max_iter=steps, max_eval=4 * steps, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         nonlocal calls

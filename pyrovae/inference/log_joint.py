@@ -53,7 +53,7 @@ class LogJoint:
         return self._broadcasts
 
     def __call__(self, states: Mapping[str, Tensor], program: Program | None = None) -> Tensor:
-        """log p(x, z) `[K, batch]`, plate factors and scales left out, differentiable in the program's parameters.
+        """Log p(x, z) `[K, batch]`, plate factors and scales left out, differentiable in the program's parameters.
 
         Args:
             states: `{site: [K, *batch_shape, *event]}` for every latent.
@@ -102,7 +102,9 @@ class LogJoint:
         if any(set(draw) != set(draws[0]) for draw in draws):
             return False
         states = {
-            latent.name: torch.stack([draw[latent.name].value.expand(latent.batch_shape + latent.event_shape) for draw in draws])
+            latent.name: torch.stack(
+                [draw[latent.name].value.expand(latent.batch_shape + latent.event_shape) for draw in draws]
+            )
             for latent in self.structure.latents
         }
         try:

@@ -94,7 +94,7 @@ class Variational:
                 "expected num_steps >= 1, num_guide_steps >= 0, num_samples >= 2 and num_log_samples >= 2, got "
                 f"{num_steps}, {num_guide_steps}, {num_samples} and {num_log_samples}"
             )
-        if batch_size is not None and batch_size < 1 or log_every is not None and log_every < 1:
+        if (batch_size is not None and batch_size < 1) or (log_every is not None and log_every < 1):
             raise ValueError(f"expected batch_size >= 1 and log_every >= 1, got {batch_size} and {log_every}")
         if guide is None and not isinstance(elbo, ExactLikelihood):
             raise ValueError("expected a guide, got None; only Variational(None, ExactLikelihood()) needs none")
@@ -189,9 +189,7 @@ class Variational:
     def _bound(self) -> Bound:
         return "exact" if self.guide is None else "lower"
 
-    def _record(
-        self, run: _Run, step: int, losses: list[float], validation: Any, begin: float
-    ) -> dict[str, Any]:
+    def _record(self, run: _Run, step: int, losses: list[float], validation: Any, begin: float) -> dict[str, Any]:
         bound, stderr = self._evaluate(run.model, run.args, run.kwargs)
         held_out = None
         if validation is not None:
@@ -242,7 +240,7 @@ class VariationalPosterior(DrawsPosterior):
         return self.guide.sample(n)
 
     def log_prob(self, z: Mapping[str, Tensor]) -> Tensor:
-        """log q(z) `[n, batch]` of states `{site: [n, batch, …]}`."""
+        """Log q(z) `[n, batch]` of states `{site: [n, batch, …]}`."""
         return self.guide.log_prob(z)
 
 
@@ -288,7 +286,9 @@ class _Run:
         self.everything = [leaf for leaves in self.leaves.values() for leaf in leaves.values()]
         self.gradients = [leaf.grad for leaf in self.everything]
         self.penalty = method.penalty if learn_model else 0.0
-        self.optimizer = copy.deepcopy(method.optim) if isinstance(method.optim, pyro.optim.PyroOptim) else method.optim(learned)
+        self.optimizer = (
+            copy.deepcopy(method.optim) if isinstance(method.optim, pyro.optim.PyroOptim) else method.optim(learned)
+        )
         self.elbo = copy.deepcopy(method.elbo)
         self.met: dict[str, Tensor] = {}
         self.batches = self._minibatches()

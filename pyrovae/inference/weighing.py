@@ -92,4 +92,3 @@ def _draw(
     sizes = {plate.dim: plate.size for plate in structure.plates}
     total = add(sum_plates(term, keep, sizes).table for term in terms)
     return states, structure.to_batch(total.expand((count, *total.shape[1:])))
-

@@ -110,9 +110,7 @@ def make_sweep(log_joint: LogJoint, chains: int, max_bytes: int) -> tuple[TableS
     rows = math.prod(latents[0].batch_shape)
     if len({latent.plate_dims for latent in latents}) == 1 and 4 * 8 * states * rows <= max_bytes:
         try:
-            space = Enumeration(
-                log_joint.program, log_joint.args, log_joint.kwargs, max_bytes=max_bytes, method="Gibbs"
-            )
+            space = Enumeration(log_joint.program, log_joint.args, log_joint.kwargs, max_bytes=max_bytes, method="Gibbs")
         except ValueError:
             pass  # the program's own log joint is the general way
         else:

@@ -75,9 +75,7 @@ class MCMC:
         for _ in range(self.num_chains):
             kernel = self._kernel(model, counted)
             with poutine.block():
-                run = pyro.infer.mcmc.MCMC(
-                    kernel, self.num_samples, warmup_steps=self.warmup_steps, disable_progbar=True
-                )
+                run = pyro.infer.mcmc.MCMC(kernel, self.num_samples, warmup_steps=self.warmup_steps, disable_progbar=True)
                 run.run(*args, **kwargs)
             chains.append(run.get_samples())
             divergences += sum(len(found) for found in run.diagnostics().get("divergences", {}).values())
@@ -85,9 +83,7 @@ class MCMC:
         structure = log_joint.structure
         structure = dataclasses.replace(structure, latents=tuple(s for s in structure.latents if s.name in sites))
         states = {s.name: torch.cat([chain[s.name] for chain in chains]).detach() for s in structure.latents}
-        states = {
-            s.name: states[s.name].reshape((-1, *s.batch_shape, *s.event_shape)) for s in structure.latents
-        }
+        states = {s.name: states[s.name].reshape((-1, *s.batch_shape, *s.event_shape)) for s in structure.latents}
         rows = math.prod(structure.batch_shape)
         return DrawsPosterior(
             structure=structure,

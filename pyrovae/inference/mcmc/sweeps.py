@@ -166,7 +166,7 @@ class ProgramSweep:
                 self.current[name] = self._select(pick, term, proposed[name], others)
 
     def _gain(self, latent: Latent, proposed: Mapping[str, Term], others: int) -> Tensor:
-        """log p(changed) − log p(present) of the terms inside the site's plates."""
+        """Log p(changed) − log p(present) of the terms inside the site's plates."""
         sizes = self.log_joint.plate_sizes
         depth = self.log_joint.structure.plate_depth
         shape = [sizes[d] if d in latent.plate_dims else 1 for d in range(-depth, 0)]
