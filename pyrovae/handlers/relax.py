@@ -122,7 +122,9 @@ class StableRelaxedBernoulli(dist.RelaxedBernoulli):
         value = value.clamp(low, high)
         log_v, log_not_v = value.log(), torch.log1p(-value)
         d = self.logits - self.temperature * (log_v - log_not_v)
-        return torch.as_tensor(self.temperature).log() + d - 2 * torch.nn.functional.softplus(d) - log_v - log_not_v
+        # d - 2 softplus(d), without the cut-off of torch's softplus at 20
+        logistic = torch.nn.functional.logsigmoid(d) + torch.nn.functional.logsigmoid(-d)
+        return torch.as_tensor(self.temperature).log() + logistic - log_v - log_not_v
 
 
 class StableRelaxedOneHotCategorical(dist.RelaxedOneHotCategorical):
