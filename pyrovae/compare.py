@@ -98,7 +98,7 @@ def compare(
                     own_model, own_method = copy.deepcopy((model, method))
                     if name in learners:
                         if number:
-                            _reset(own_model, own_method)
+                            _reset(own_model, own_method, seed)
                         learned[name].append(_learn(own_model, own_method, train, test, exact))
                     else:
                         inferred[name].append(own_method.infer(own_model, *train))
@@ -157,8 +157,8 @@ class Comparison:
     @property
     def table(self) -> pd.DataFrame:
         """The table; where methods of both kinds ran, both, told apart by a column `task`."""
-        tables = {"learning": self.learning, "inference": self.inference}
-        tables = {task: table for task, table in tables.items() if table is not None}
+        both = {"learning": self.learning, "inference": self.inference}
+        tables = {task: table for task, table in both.items() if table is not None}
         if len(tables) == 1:
             return next(iter(tables.values()))
         import pandas as pd
@@ -224,12 +224,7 @@ def _learning_table(learned: Mapping[str, list[_Learned]], num_seeds: int) -> pd
         row["log_p_test"], row["log_p_test_se"] = _over_seeds(_mean(run.test) for run in runs)
         row["bound"] = runs[0].fit.bound
         row["own_bound"], row["own_bound_se"] = _over_seeds(run.fit.history[-1]["bound"] for run in runs)
-        gaps = [
-            None
-            if run.train is None or run.fit.history[-1]["bound"] is None
-            else _mean(run.train) - run.fit.history[-1]["bound"]
-            for run in runs
-        ]
+        gaps = (_difference(_mean(run.train), run.fit.history[-1]["bound"]) for run in runs)
         row["gap"] = _over_seeds(gaps)[0]
         row["difference"], row["difference_se"] = (
             (None, None) if baseline is None or name == baseline else _paired(runs, learned[baseline])
@@ -344,11 +339,10 @@ def _learning_note(row: Mapping[str, Any], baseline: str | None, num_seeds: int)
 
 def _paired(runs: list[_Learned], baseline: list[_Learned]) -> tuple[float | None, float | None]:
     """Mean difference to the baseline and its standard error: over seeds where there are several, else over rows."""
-    pairs = [
-        (a.test, b.test) if a.test is not None and b.test is not None else (a.train, b.train)
-        for a, b in zip(runs, baseline, strict=True)
-    ]
-    differences = [None if a is None or b is None else a - b for a, b in pairs]
+    differences: list[Tensor | None] = []
+    for own, other in zip(runs, baseline, strict=True):
+        judged = (own.test, other.test) if own.test is not None and other.test is not None else (own.train, other.train)
+        differences.append(None if judged[0] is None or judged[1] is None else judged[0] - judged[1])
     if any(d is None for d in differences):
         return None, None
     found = [d for d in differences if d is not None]
@@ -379,6 +373,10 @@ def _combine(key: str, values: list[float | None]) -> float | None:
     if key == "log_evidence_se":
         return math.sqrt(sum(v**2 for v in found)) / len(found)
     return sum(found) / len(found)
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
 
 
 def _mean(values: Tensor | None) -> Any:
@@ -421,12 +419,14 @@ def _programs(method: Method | None) -> list[Program]:
     return [guide for guide in guides if guide is not None]
 
 
-def _reset(model: Program, method: Method) -> None:
-    for program in (model, *_programs(method)):
-        if isinstance(program, nn.Module):
-            for module in program.modules():
-                if callable(getattr(module, "reset_parameters", None)):
-                    module.reset_parameters()
+def _reset(model: Program, method: Method, seed: int) -> None:
+    """Draw fresh parameters, from a stream apart from that of the run and of a caller who seeds with the same number."""
+    with isolated_rng(0x9E3779B9 ^ seed):
+        for program in (model, *_programs(method)):
+            for module in program.modules() if isinstance(program, nn.Module) else ():
+                reset: Any = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
 
 
 def _sort(methods: Mapping[str, Method], *, learn: bool | None) -> tuple[dict[str, Method], dict[str, Method]]:

@@ -105,9 +105,9 @@ class DrawsPosterior(Posterior):
             codes = self.codes[latent.name]
             batch = codes.shape[1:-1]
             if latent.kind == "bit":
-                found[latent.name] = self._average(codes).reshape(batch + latent.event_shape)
+                found[latent.name] = self._average(codes, latent).reshape(batch + latent.event_shape)
                 continue
-            shares = [self._average((codes == k).to(torch.uint8)) for k in range(latent.cardinality)]
+            shares = [self._average((codes == k).to(torch.uint8), latent) for k in range(latent.cardinality)]
             event = latent.event_shape if latent.kind == "one_hot" else (*latent.event_shape, latent.cardinality)
             found[latent.name] = torch.stack(shares, -1).reshape(batch + torch.Size(event))
         return found
@@ -168,17 +168,11 @@ class DrawsPosterior(Posterior):
         size = len(range(*index.indices(self.num_draws)))
         return torch.full((size, *self.structure.batch_shape), 1 / self.num_draws, device=self._device)
 
-    def _average(self, codes: Tensor) -> Tensor:
+    def _average(self, codes: Tensor, latent: Latent) -> Tensor:
         """The (weighted) mean of `[K, *batch_shape, components]` over draws."""
         if self.log_weights is None:
             return codes.sum(0, dtype=torch.long).to(torch.get_default_dtype()) / codes.shape[0]
-        weights = self.log_weights.exp()
-        weights = self.structure.from_batch(weights)
-        depth = codes.dim() - 2
-        weights = weights.reshape(
-            weights.shape[:1] + weights.shape[1 + weights.dim() - 1 - depth :] if depth else weights.shape[:1]
-        )
-        return (weights.unsqueeze(-1) * codes).sum(0)
+        return (self._over_site(self.log_weights.exp(), latent).unsqueeze(-1) * codes).sum(0)
 
     def _over_site(self, values: Tensor, latent: Latent) -> Tensor:
         """`[k, batch]` broadcast to `[k, *batch_shape]` of a site."""

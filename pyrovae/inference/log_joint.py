@@ -101,12 +101,10 @@ class LogJoint:
             draws = [draw_sites(self.program, self.args, self.kwargs, self.structure.subsample) for _ in range(3)]
         if any(set(draw) != set(draws[0]) for draw in draws):
             return False
-        states = {
-            latent.name: torch.stack(
-                [draw[latent.name].value.expand(latent.batch_shape + latent.event_shape) for draw in draws]
-            )
-            for latent in self.structure.latents
-        }
+        states = {}
+        for latent in self.structure.latents:
+            shape = latent.batch_shape + latent.event_shape
+            states[latent.name] = torch.stack([draw[latent.name].value.expand(shape) for draw in draws])
         try:
             together = self._run(states, None)
         except (RuntimeError, ValueError, IndexError, TypeError):

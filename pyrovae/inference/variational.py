@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro.infer
 import pyro.optim
@@ -28,7 +28,7 @@ from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Bound, Program, States
 from pyrovae.inference.weighing import draw, weigh
 
-Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer] | pyro.optim.PyroOptim
+Optimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer] | Any  # or a pyro.optim.PyroOptim
 
 
 class Variational:
