@@ -88,7 +88,7 @@ def enumerate_elbo(net, guide, x):
         weights.append(log_q.exp())
         values.append(log_p - log_q)
     w, v = torch.stack(weights), torch.stack(values)
-    assert abs(float(w.sum()) - 1) < 1e-12
+    assert abs(float(w.detach().sum()) - 1) < 1e-12
     mean = (w * v).sum()
     return mean, (w * (v - mean) ** 2).sum()
 
