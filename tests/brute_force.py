@@ -67,7 +67,9 @@ class BruteForce:
         values = self.values[name]
         first = values[0]
         plates = len(self.shapes[name])
-        one_hot = first.dim() > 0 and all(float(v.sum()) == 1 and float(v.max()) == 1 for v in values) and len(values) == len(first)
+        one_hot = (
+            first.dim() > 0 and all(float(v.sum()) == 1 and float(v.max()) == 1 for v in values) and len(values) == len(first)
+        )
         bits = first.is_floating_point() and all(bool(((v == 0) | (v == 1)).all()) for v in values)
         if one_hot or (bits and sum(1 for _ in values) == 2 ** first.numel()):
             return self.expectation(lambda z: z[name].to(self.weights.dtype), plates)

@@ -63,7 +63,9 @@ def one_layer():
             h = pyro.sample("h1", dist.Bernoulli(logits=c).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=b + h @ w).to_event(1), obs=x)
 
-    return Case(model, (binary(4, 5),), {"h1": bits(3)}, parameters=[w, b, c], f=lambda s: (s["h1"].prod(-1, keepdim=True) - s["h1"]))
+    return Case(
+        model, (binary(4, 5),), {"h1": bits(3)}, parameters=[w, b, c], f=lambda s: s["h1"].prod(-1, keepdim=True) - s["h1"]
+    )
 
 
 @case
@@ -127,7 +129,13 @@ def categorical_vector():
             mean = (nn.functional.one_hot(z, 3) * loc).sum((-1, -2))
             pyro.sample("x", dist.Gamma(mean.exp(), 1.5), obs=x)
 
-    return Case(model, (torch.rand(3) + 0.1,), {"z": integers(3, 2)}, parameters=[p, loc], f=lambda s: 1.0 * (s["z"][..., 0] > s["z"][..., 1]))
+    return Case(
+        model,
+        (torch.rand(3) + 0.1,),
+        {"z": integers(3, 2)},
+        parameters=[p, loc],
+        f=lambda s: 1.0 * (s["z"][..., 0] > s["z"][..., 1]),
+    )
 
 
 @case
@@ -139,7 +147,9 @@ def one_hot_categorical_likelihood():
             z = pyro.sample("z", dist.OneHotCategorical(logits=p))
             pyro.sample("x", dist.Categorical(logits=z @ w), obs=x)
 
-    return Case(model, (torch.tensor([0, 3, 2]),), {"z": one_hots(3)}, parameters=[p, w], f=lambda s: s["z"] * torch.arange(3.0))
+    return Case(
+        model, (torch.tensor([0, 3, 2]),), {"z": one_hots(3)}, parameters=[p, w], f=lambda s: s["z"] * torch.arange(3.0)
+    )
 
 
 @case
@@ -572,7 +582,9 @@ def infinite_logits():
             y = pyro.sample("y", dist.Categorical(logits=torch.tensor([[0.0, -float("inf")], [1.0, 0.3], [0.2, 0.1]])[z]))
             pyro.sample("x", dist.Normal(a[0] * z + a[1] * y, 1.0), obs=x)
 
-    return Case(model, (torch.randn(2),), {"z": integers(3), "y": integers(2)}, parameters=[a], f=lambda s: s["z"] + s["y"] * 1.0)
+    return Case(
+        model, (torch.randn(2),), {"z": integers(3), "y": integers(2)}, parameters=[a], f=lambda s: s["z"] + s["y"] * 1.0
+    )
 
 
 @case
@@ -588,7 +600,9 @@ def impossible_between_layers():
             pyro.sample("x", dist.Bernoulli(p), obs=x)
             pyro.sample("y", dist.Normal(w[k, 0] + w[1, 1] * z, 1.0), obs=x)
 
-    return Case(model, (torch.tensor([1.0, 0.0]),), {"k": integers(2), "z": integers(3)}, parameters=[w], f=lambda s: s["k"] + 0.0)
+    return Case(
+        model, (torch.tensor([1.0, 0.0]),), {"k": integers(2), "z": integers(3)}, parameters=[w], f=lambda s: s["k"] + 0.0
+    )
 
 
 @case
@@ -674,7 +688,9 @@ def own_belief_net():
     from pyrovae.models import toy
 
     net = toy.belief_net(5, [3, 2])
-    return Case(net, (net.sample(3),), {"h2": bits(2), "h1": bits(3)}, parameters=list(net.parameters()), f=lambda s: s["h1"].sum(-1))
+    return Case(
+        net, (net.sample(3),), {"h2": bits(2), "h1": bits(3)}, parameters=list(net.parameters()), f=lambda s: s["h1"].sum(-1)
+    )
 
 
 @case

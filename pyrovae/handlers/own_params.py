@@ -11,16 +11,32 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 _serial = itertools.count()
+
+
+def announce(leaves: Mapping[str, Tensor]) -> None:
+    """Tell handlers outside, such as the one by which `pyro.infer.SVI` collects what it trains, of parameters used.
+
+    Args:
+        leaves: the unconstrained leaves by name; the store is not touched.
+    """
+    if not am_i_wrapped():
+        return
+    for name, leaf in leaves.items():
+        value = leaf.detach()
+        value.unconstrained = lambda leaf=leaf: leaf  # type: ignore[attr-defined]
+        effectful(lambda _, value=value: value, type="param")(name, name=name)
 
 
 class OwnedProgram:
@@ -75,8 +91,9 @@ class _OwnParams(Messenger):
         self.leaves = leaves
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
-        initial = msg["args"][1] if len(msg["args"]) > 1 else None
-        if isinstance(initial, nn.Parameter):
+        initial = msg["args"][1] if len(msg["args"]) > 1 else msg["kwargs"].get("init_tensor")
+        constraint = msg["args"][2] if len(msg["args"]) > 2 else msg["kwargs"].get("constraint", constraints.real)
+        if isinstance(initial, nn.Parameter) and constraint is constraints.real:
             msg["value"], msg["done"] = initial, True
             self.leaves[msg["name"]] = initial
 

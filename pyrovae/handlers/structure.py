@@ -74,10 +74,8 @@ class Latent:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values `[..., *event_shape]` of codes `[..., components]`."""
-        if self.kind == "one_hot":
-            values = torch.nn.functional.one_hot(codes.long(), self.cardinality)
-        else:
-            values = codes + self.low
+        one_hot = self.kind == "one_hot"
+        values = torch.nn.functional.one_hot(codes.long(), self.cardinality) if one_hot else codes + self.low
         return values.to(self.dtype).reshape(codes.shape[:-1] + self.event_shape)
 
     def encode(self, values: Tensor) -> Tensor:
@@ -109,6 +107,7 @@ class Structure:
         subsample: the indices that random plates drew in the pilot run; every later run sees the same rows.
         leaves: the unconstrained parameters that the program used, by name.
         sequential: names of sequential plates.
+        random_plates: names of plates that draw which rows they see.
     """
 
     latents: tuple[Latent, ...]
@@ -118,6 +117,7 @@ class Structure:
     subsample: dict[str, Tensor] = field(repr=False)
     leaves: dict[str, Tensor] = field(repr=False)
     sequential: tuple[str, ...] = ()
+    random_plates: tuple[str, ...] = ()
 
     @property
     def plates(self) -> frozenset[Plate]:
@@ -185,8 +185,12 @@ def read_structure(program: Callable[..., Any], args: tuple[Any, ...], kwargs: M
             or a plate is empty.
     """
     leaves: dict[str, Tensor] = {}
+    random: set[str] = set()
     with pyro.validation_enabled(is_validate=True), isolated_rng(), torch.no_grad():
-        sites, subsample = _record(program, args, kwargs, {}, {}, leaves)
+        try:
+            sites, subsample = _record(program, args, kwargs, {}, {}, leaves, random)
+        except ZeroDivisionError as error:  # raised by pyro.plate
+            raise ValueError("expected at least one row, got a plate of size 0; pass data with rows") from error
     latents, observed, sequential = [], [], set[str]()
     for site in sites.values():
         sequential.update(frame.name for frame in site.frames if not frame.vectorized)
@@ -195,19 +199,17 @@ def read_structure(program: Callable[..., Any], args: tuple[Any, ...], kwargs: M
             observed.append(Observed(site.name, _plates(site), site.fn.event_shape))
         else:
             latents.append(_describe(site))
-    common: set[Plate] | None = None
-    described: Latent | Observed
-    for described in (*latents, *observed):
-        common = set(described.plates) if common is None else common & set(described.plates)
-    every = {plate for latent in latents for plate in latent.plates} | {p for site in observed for p in site.plates}
+    around = [set(site.plates) for site in latents] + [set(site.plates) for site in observed]
+    common = set.intersection(*around) if around else set()
     return Structure(
         latents=tuple(latents),
         observed=tuple(observed),
-        batch=tuple(sorted(common or (), key=lambda plate: plate.dim)),
-        plate_depth=-min((plate.dim for plate in every), default=0),
+        batch=tuple(sorted(common, key=lambda plate: plate.dim)),
+        plate_depth=-min((plate.dim for plates in around for plate in plates), default=0),
         subsample=subsample,
         leaves=leaves,
         sequential=tuple(sorted(sequential)),
+        random_plates=tuple(sorted(random)),
     )
 
 
@@ -265,11 +267,14 @@ class _Recorder(Messenger):
         self.values, self.subsample = values, subsample
         self.sites: dict[str, Site] = {}
         self.drawn: dict[str, Tensor] = {}
+        self.random: set[str] = set()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         source = self.subsample if _is_subsample(msg) else self.values
         if msg["name"] in source and not msg["is_observed"] and msg["value"] is None:
             msg["value"], msg["done"] = source[msg["name"]], True
+        elif _is_subsample(msg) and msg["value"] is None and msg["fn"].subsample_size not in (None, msg["fn"].size):
+            self.random.add(msg["name"])
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if _is_subsample(msg):
@@ -296,9 +301,12 @@ def _record(
     values: Mapping[str, Tensor],
     subsample: Mapping[str, Tensor],
     leaves: dict[str, Tensor],
+    random: set[str] | None = None,
 ) -> tuple[dict[str, Site], dict[str, Tensor]]:
     with poutine.block(), _Recorder(values, subsample) as recorder:
         own_params(program, leaves)(*args, **kwargs)
+    if random is not None:
+        random.update(recorder.random)
     return recorder.sites, recorder.drawn
 
 
@@ -313,10 +321,10 @@ def _plates(site: Site) -> tuple[Plate, ...]:
 
 def _check_site(site: Site) -> None:
     plates = {plate.dim: plate for plate in _plates(site)}
-    for plate in plates.values():
-        if plate.size == 0:
-            raise ValueError(f"expected at least one row, got the empty plate {plate.name!r}; pass data with rows")
     batch = site.fn.batch_shape
+    if site.observed and isinstance(site.value, Tensor):
+        lead = site.value.shape[: site.value.dim() - len(site.fn.event_shape)]
+        batch = batch if len(lead) < len(batch) else lead  # data may have batch dims of their own
     for dim in range(-len(batch), 0):
         if batch[dim] > 1 and dim not in plates:
             raise ValueError(

@@ -7,8 +7,9 @@ two layers of 8 bits cost 2^16 + 2^8 N and not 2^16 N.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,19 @@ def sum_plates(term: Term, keep: frozenset[int], sizes: dict[int, int]) -> Term:
     for dim in term.plate_dims - keep:
         table = table.sum(dim, keepdim=True) if table.shape[dim] > 1 else table * sizes[dim]
     return Term(table, term.plate_dims & keep, term.level)
+
+
+def gather(table: Tensor, index: Mapping[int, Tensor], depth: int) -> Tensor:
+    """`table [S, axes, plates]` at state numbers `[n, *plates]` of its axes: `[S, n, plates]`."""
+    plates = table.shape[table.dim() - depth :]
+    axes = list(zip(table.shape[1:], sorted(index), strict=False))
+    shape = torch.broadcast_shapes(*(index[dim].shape for size, dim in axes if size > 1), (1, *plates))
+    zero = torch.zeros((), dtype=torch.long, device=table.device)
+    where: list[Any] = [(index[dim] if size > 1 else zero).expand(shape) for size, dim in axes]
+    for d in range(depth):
+        rows = torch.arange(shape[1 + d], device=table.device) * int(plates[d] > 1)
+        where.append(rows.reshape((-1,) + (1,) * (depth - 1 - d)).expand(shape))
+    return table[(slice(None), *where)]
 
 
 def _involving(tables: list[Tensor], axis: int) -> list[Tensor]:

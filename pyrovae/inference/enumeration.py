@@ -13,7 +13,6 @@ batch or a dropout shows as a difference, and the program is refused rather than
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,11 +24,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyrovae.handlers.structure import Latent, Site, Structure, finite_latents, read_structure, run_sites
-from pyrovae.inference.elimination import Reduce, Term, add, eliminate, elimination_numel, logsumexp, sum_plates
+from pyrovae.inference.elimination import Reduce, Term, add, eliminate, elimination_numel, gather, logsumexp, sum_plates
 from pyrovae.inference.factors import Factor, site_factor
 from pyrovae.ops import codes_to_index, index_to_codes, isolated_rng
 
-_CPU_DIMS = 64  # the most dims that a torch tensor can have
+_MAX_DIMS = 64  # of a torch tensor
+_SPOT_AXES = 4  # how many axes a run of the spot check varies at once, three values each
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,12 @@ class SiteShape:
     plate_dims: frozenset[int]
     level: int
     tables: tuple[tuple[int, ...], ...]  # shapes, with spot sizes in the axes, of all that its evaluation makes
-    table: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def table(self) -> tuple[int, ...]:
+        """The shape of the factor's own table."""
+        return self.tables[0]
 
 
 class Enumeration:
@@ -102,12 +107,11 @@ class Enumeration:
         self.program, self.args, self.kwargs, self.method, self.plain = program, args, dict(kwargs), method, plain
         self.structure = read_structure(program, args, kwargs)
         self.max_bytes = max_bytes
+        self.shapes: dict[str, SiteShape] = {}
         latents = finite_latents(self.structure, method, "Variational, Importance or MCMC(NUTS(model), ...)")
         self.levels = _nested_levels(self.structure, latents, method)
-        self._lay_out(latents)
-        if states is None:
-            self.chunk_axis, self.chunk_size = self._plan(max_bytes, max_evaluations)
-        else:
+        self._lay_out(latents, (max_bytes, max_evaluations) if states is None else None)
+        if states is not None:
             self._restrict(latents, states)
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
@@ -202,38 +206,42 @@ class Enumeration:
 
     # ---- layout -----------------------------------------------------------------------------------------------------
 
-    def _lay_out(self, latents: Sequence[Latent]) -> None:
-        """Choose the first layout in which the program runs and agrees with single states."""
+    def _lay_out(self, latents: Sequence[Latent], plan: tuple[int, int] | None) -> None:
+        """Choose the first layout in which the program runs, agrees with single states, and fits in memory."""
         self._device = latents[0].device
         self.plate_sizes = {plate.dim: plate.size for plate in self.structure.plates}
-        alone: list[tuple[dict[str, Tensor], dict[str, Site]]] | None = None
         problem: Exception | None = None
         for joint, expand in ((False, False), (True, False), (True, True)):
             if joint and not expand and len(latents) == len(self.levels):
                 continue  # a site a level: the joint layout is the same
+            if isinstance(problem, _TooLarge) and expand:
+                break
             self.expand = expand
             self.axes = self._make_axes(latents, joint=joint)
             self.ndim = self.structure.plate_depth + len(self.axes)
-            if self.ndim + 2 > _CPU_DIMS:
-                problem = ValueError(
-                    f"expected fewer than {_CPU_DIMS - 2} latent sites in {self.method}, got {len(latents)}; write them "
+            if self.ndim + 2 > _MAX_DIMS:
+                problem = _TooLarge(
+                    f"expected fewer than {_MAX_DIMS - 2} latent sites in {self.method}, got {len(latents)}; write them "
                     "as one vector site with .to_event(1)"
                 )
                 continue
             try:
-                spots, sites = self._spot_run()
-                if alone is None:
-                    alone = [self._run_alone(spots, pick) for pick in _picks(spots)]
-                self._learn_shapes(sites)
-                self._check_alone(spots, sites, alone)
+                self._check_spots()
+                if plan is not None:
+                    self.chunk_axis, self.chunk_size = self._plan(*plan)
             except _Refusal:
                 raise
+            except _TooLarge as error:
+                problem = error
+                if plan is None or math.prod(axis.size for axis in self.axes) > plan[1]:
+                    break
+                continue  # one axis for all sites can be walked in smaller chunks
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 problem = problem or error
                 continue
             return
         assert problem is not None
-        if isinstance(problem, _Mismatch):
+        if isinstance(problem, (_Mismatch, _TooLarge)):
             raise ValueError(str(problem)) from None
         raise ValueError(
             f"expected tensor code that broadcasts on the left for {self.method}, got {type(problem).__name__}: "
@@ -282,102 +290,118 @@ class Enumeration:
 
     # ---- the spot check ---------------------------------------------------------------------------------------------
 
-    def _spot_run(self) -> tuple[dict[str, Tensor], dict[str, Site]]:
-        """Run at up to three values a site: the first, the last and a random one, all combinations at once."""
-        spots, values = {}, {}
+    def _check_spots(self) -> None:
+        """Learn the shapes of all sites from joint states run together, and compare these with states run alone."""
+        self.shapes = {}
         with isolated_rng(0):
+            spots = {site.name: self._spot_codes(site) for site in self.structure.latents}
+        for first in range(0, len(self.axes), _SPOT_AXES):
+            active = self.axes[first : first + _SPOT_AXES]
+            values: dict[str, Tensor] = {}
             for axis in self.axes:
-                for site in axis.sites:
-                    last = site.cardinality - 1
-                    codes = torch.stack(
-                        [
-                            torch.zeros(site.components, dtype=torch.long),
-                            torch.full((site.components,), last),
-                            torch.randint(site.cardinality, (site.components,)),
-                        ]
-                    ).to(self._device)
-                    spots[site.name] = codes
-                values.update(self._values(axis, spots))
-        return spots, run_sites(self.program, self.args, self.kwargs, values, self.structure.subsample)
+                values.update(self._values(axis, spots if axis in active else {n: c[2:] for n, c in spots.items()}))
+            sites = run_sites(self.program, self.args, self.kwargs, values, self.structure.subsample)
+            self.scale = _common_scale({name: site.user_scale for name, site in sites.items()}, self.method)
+            tables = {name: self._learn_shape(site) for name, site in sites.items()}
+            for pick in self._picks():
+                picks = {
+                    axis.dim: pick[axis.level] if axis in active else torch.full_like(pick[axis.level], 2) for axis in self.axes
+                }
+                single = self._run_alone(spots, picks)
+                self._compare(tables, single, {axis.dim: picks[axis.dim] * (axis in active) for axis in self.axes})
+        for name, shape in self.shapes.items():
+            self.shapes[name] = self._settle(shape)
 
-    def _run_alone(self, spots: Mapping[str, Tensor], pick: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, Site]]:
-        """Run at one joint state, with the shapes of an ordinary run."""
+    def _spot_codes(self, site: Latent) -> Tensor:
+        """Codes `[3, components]` of a site's first value, its last and a random one."""
+        ends = torch.tensor([[0], [site.cardinality - 1]]).expand(2, site.components)
+        return torch.cat([ends, torch.randint(site.cardinality, (1, site.components))]).to(self._device)
+
+    def _picks(self) -> Iterator[list[Tensor]]:
+        """Which spot value each level takes, `[*plates]`: all the first, all the last, and one that differs between rows."""
+        wide = [
+            [self.plate_sizes[d] if d in plates else 1 for d in range(-self.structure.plate_depth, 0)] for plates in self.levels
+        ]
+        for k in range(2):
+            yield [torch.full(shape, k, device=self._device) for shape in wide]
+        yield [(torch.arange(math.prod(shape), device=self._device).reshape(shape) + 2) % 3 for shape in wide]
+
+    def _run_alone(self, spots: Mapping[str, Tensor], picks: Mapping[int, Tensor]) -> dict[str, Site]:
+        """Run at one joint state of every row, with the shapes of an ordinary run."""
         values = {}
-        for latent in self.structure.latents:
-            value = latent.decode(spots[latent.name][pick[latent.name]])
-            values[latent.name] = value.expand(latent.batch_shape + latent.event_shape)
-        indices = {name: torch.tensor(i, device=self._device) for name, i in pick.items()}
-        return indices, run_sites(self.program, self.args, self.kwargs, values, self.structure.subsample)
+        for axis in self.axes:
+            for latent in axis.sites:
+                values[latent.name] = latent.decode(spots[latent.name][picks[axis.dim].reshape(latent.batch_shape)])
+        return run_sites(self.program, self.args, self.kwargs, values, self.structure.subsample)
 
-    def _learn_shapes(self, sites: Mapping[str, Site]) -> None:
-        scales = {name: site.user_scale for name, site in sites.items()}
-        self.scale = _common_scale(scales, self.method)
-        self.shapes: dict[str, SiteShape] = {}
-        self._spot_terms: dict[str, Term] = {}
-        for name, site in sites.items():
-            factor = site_factor(site, self.ndim, plain=self.plain)
-            table = factor.table()
-            axes = frozenset(axis.dim for axis in self.axes if table.shape[axis.dim] > 1)
-            levels = [axis.level for axis in self.axes if axis.dim in axes]
-            inside = [k for k, plates in enumerate(self.levels) if plates <= site.plate_dims]
-            home = max(levels) if levels else max(inside, default=-1)
-            if home >= 0 and not self.levels[home] <= site.plate_dims:
-                raise _Refusal(self._outside(name, site, home))
-            made = [tuple(table.shape)]
-            if factor.bilinear is not None:
-                made += [tuple(factor.bilinear.eta.shape), tuple(factor.bilinear.statistic.shape)]
-            else:
-                made += [(*table.shape, max(1, math.prod(site.fn.event_shape)))] * 2
-            self.shapes[name] = SiteShape(axes, site.plate_dims, home, tuple(made), tuple(table.shape))
-            self._spot_terms[name] = Term(table, factor.plate_dims, home)
+    def _learn_shape(self, site: Site) -> Tensor:
+        """Widen what is known of a site's shape by one run; its table there."""
+        factor = site_factor(site, self.ndim, plain=self.plain)
+        table = factor.table()
+        for dim in range(-self.structure.plate_depth, 0):
+            if table.shape[dim] > 1 and dim not in site.plate_dims:
+                raise _Mismatch(
+                    f"expected site {site.name!r} to vary only along its own plates, got {table.shape[dim]} values along dim "
+                    f"{dim}; sum over a plate with keepdim=True and only of observed values, keep sites of a plate inside "
+                    f"it, and write tensor code that broadcasts on the left, {_INSTEAD}"
+                )
+        for axis in self.axes:
+            if table.shape[axis.dim] > 1 and not self.levels[axis.level] <= site.plate_dims:
+                raise _Refusal(self._outside(site.name, site.plate_dims, axis.sites[0]))
+        tables: list[tuple[int, ...]] = [tuple(table.shape)]
+        if factor.bilinear is not None:
+            tables += [tuple(factor.bilinear.eta.shape), tuple(factor.bilinear.statistic.shape)]
+        else:
+            tables += [(*table.shape, max(1, math.prod(site.fn.event_shape)))] * 2
+        known = self.shapes.get(site.name)
+        if known is not None:
+            tables = [tuple(map(max, a, b)) for a, b in zip(tables, known.tables, strict=True)]
+        itemsize = table.element_size()
+        self.shapes[site.name] = SiteShape(frozenset(), site.plate_dims, -1, tuple(tables), itemsize)
+        return table
 
-    def _outside(self, name: str, site: Site, home: int) -> str:
-        latent = next(s for axis in self.axes if axis.level == home for s in axis.sites)
-        missing = sorted(plate.name for plate in latent.plates if plate.dim not in site.plate_dims)
+    def _settle(self, shape: SiteShape) -> SiteShape:
+        """The axes and the level of a site, from all that was learned of its shape."""
+        axes = [axis for axis in self.axes if shape.table[axis.dim] > 1]
+        inside = [k for k, plates in enumerate(self.levels) if plates <= shape.plate_dims]
+        home = max([axis.level for axis in axes] or inside, default=-1)
+        return replace(shape, axes=frozenset(axis.dim for axis in axes), level=home)
+
+    def _outside(self, name: str, plate_dims: frozenset[int], latent: Latent) -> str:
+        missing = sorted(plate.name for plate in latent.plates if plate.dim not in plate_dims)
         return (
             f"expected site {name!r} inside the plate {missing[0]!r} of the latent {latent.name!r} that it depends on, "
             f"got it outside; if it joins all rows of that plate, make the latent a vector with .to_event(1) instead"
         )
 
-    def _check_alone(
-        self,
-        spots: Mapping[str, Tensor],
-        sites: Mapping[str, Site],
-        alone: list[tuple[dict[str, Tensor], dict[str, Site]]],
-    ) -> None:
+    def _compare(self, tables: Mapping[str, Tensor], single: Mapping[str, Site], picks: Mapping[int, Tensor]) -> None:
+        """Refuse the program if a site's table, at the picked states, differs from the site of a single run."""
         depth = self.structure.plate_depth
-        for indices, single in alone:
-            if set(single) != set(sites):
-                odd = sorted(set(single) ^ set(sites))[0]
+        if set(single) != set(tables):
+            odd = sorted(set(single) ^ set(tables))[0]
+            raise _Mismatch(
+                f"expected the same sites at every value of the latents, got {odd!r} at some only; {self.method} "
+                f"needs a program without branches on latent values, {_INSTEAD}"
+            )
+        for name, site in single.items():
+            reference = site_factor(site, depth, plain=True).table()
+            table = gather(tables[name].unsqueeze(0), {dim: pick.unsqueeze(0) for dim, pick in picks.items()}, depth)[0, 0]
+            tolerance = torch.finfo(table.dtype).eps ** 0.5
+            finite = torch.isfinite(reference) & torch.isfinite(table)
+            gap = torch.where(finite, (table - reference).abs(), (table != reference).to(table.dtype))
+            if bool((gap > tolerance * (1 + torch.where(finite, reference.abs(), 0.0))).any()):
                 raise _Mismatch(
-                    f"expected the same sites at every value of the latents, got {odd!r} at some only; {self.method} "
-                    f"needs a program without branches on latent values, {_INSTEAD}"
+                    f"expected log p of site {name!r} to be the same for a joint state evaluated alone and among "
+                    f"others, got a difference of {float(gap.max()):.3g}; the program branches on a latent's value, "
+                    f"mixes rows of the batch or draws hidden noise (dropout), so that {self.method} would be "
+                    f"silently wrong; remove this, {_INSTEAD}"
                 )
-            for name, site in single.items():
-                reference = site_factor(site, depth, plain=True).table()
-                table = self._spot_terms[name].table
-                for axis in self.axes:
-                    pick = indices[axis.sites[0].name]
-                    if table.shape[axis.dim] > 1:
-                        table = table.index_select(table.dim() + axis.dim, pick.reshape(1))
-                table = table.reshape(table.shape[table.dim() - depth :])
-                tolerance = torch.finfo(table.dtype).eps ** 0.5
-                finite = torch.isfinite(reference) & torch.isfinite(table)
-                gap = torch.where(finite, (table - reference).abs(), (table != reference).to(table.dtype))
-                if bool((gap > tolerance * (1 + torch.where(finite, reference.abs(), 0.0))).any()):
-                    raise _Mismatch(
-                        f"expected log p of site {name!r} to be the same for a joint state evaluated alone and among "
-                        f"others, got a difference of {float(gap.max()):.3g}; the program branches on a latent's value, "
-                        f"mixes rows of the batch or draws hidden noise (dropout), so that {self.method} would be "
-                        f"silently wrong; remove this, or {_INSTEAD}"
-                    )
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def _plan(self, max_bytes: int, max_evaluations: int) -> tuple[Axis, int]:
         """The axis to walk and its chunk size, from the shapes that the spot run had."""
-        itemsize = max(term.table.element_size() for term in self._spot_terms.values())
-        del self._spot_terms
+        itemsize = max(shape.itemsize for shape in self.shapes.values())
         sizes = {axis.dim: axis.size for axis in self.axes}
         largest = max(self._made(sizes), key=math.prod)
         axis = max(self.axes, key=lambda a: (largest[a.dim] > 1, a.size))
@@ -385,7 +409,7 @@ class Enumeration:
         rows = math.prod(self.structure.batch_shape)
         total = math.prod(sizes.values())
         if math.prod(largest) > max_evaluations:
-            raise ValueError(
+            raise _TooLarge(
                 f"expected at most {max_evaluations:,} evaluations of log p(x, z) in {self.method}, got {total:,} joint "
                 f"states for {rows:,} rows, {math.prod(largest):,} evaluations, whose table would take "
                 f"{itemsize * math.prod(largest):,} bytes; use Gibbs, Variational or Importance, or fewer latents"
@@ -394,7 +418,7 @@ class Enumeration:
         while (needed := self._bytes({**sizes, axis.dim: chunk}, itemsize)) > max_bytes and chunk > 1:
             chunk = (chunk + 1) // 2
         if needed > max_bytes:
-            raise ValueError(
+            raise _TooLarge(
                 f"expected {self.method} to fit in max_bytes={max_bytes:,}, got {total:,} joint states for {rows:,} rows, "
                 f"which would take at least {needed:,} bytes even in the smallest chunks; raise max_bytes, pass fewer "
                 "rows, or use Gibbs, Variational or Importance"
@@ -434,6 +458,10 @@ class _Mismatch(ValueError):
     """A joint state has one log probability alone and another among others."""
 
 
+class _TooLarge(ValueError):
+    """A layout whose tables do not fit."""
+
+
 class _Refusal(ValueError):
     """A program that no layout can serve."""
 
@@ -448,7 +476,13 @@ def _nested_levels(structure: Structure, latents: Sequence[Latent], method: str)
                 f"expected the plates of latents nested in one another, got {a.name!r} and {b.name!r} in sibling plates; "
                 f"{method} cannot sum them level by level, make one of them a vector with .to_event(1)"
             )
-    for plate in structure.plates:
+    at: dict[int, str] = {}
+    for plate in sorted(structure.plates, key=lambda plate: plate.name):
+        if at.setdefault(plate.dim, plate.name) != plate.name:
+            raise ValueError(
+                f"expected one plate a dim, got the sibling plates {at[plate.dim]!r} and {plate.name!r} both along dim "
+                f"{plate.dim}; {method} keeps them apart by their dims, write pyro.plate(..., dim={-1 - structure.plate_depth})"
+            )
         outside = [s.name for s in latents if plate.dim not in s.plate_dims]
         if plate.size < plate.full_size and outside:
             raise ValueError(
@@ -456,15 +490,6 @@ def _nested_levels(structure: Structure, latents: Sequence[Latent], method: str)
                 f"{plate.size} of {plate.full_size} rows; {method} cannot scale a subsample inside a sum, pass all rows"
             )
     return levels
-
-
-def _picks(spots: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:
-    """Which of its three spot values each site takes: all first, all last, all random.
-
-    Sites that share an axis share the number, so that every layout holds these states.
-    """
-    for k in range(3):
-        yield dict.fromkeys(spots, k)
 
 
 def _common_scale(scales: Mapping[str, Any], method: str) -> Any:

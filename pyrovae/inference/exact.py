@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import frozen_leaves
-from pyrovae.inference.elimination import Reduce, Term, add, amax, logsumexp
+from pyrovae.handlers.structure import Latent, frozen_leaves
+from pyrovae.inference.elimination import Reduce, Term, add, amax, gather, logsumexp
 from pyrovae.inference.enumeration import Axis, Enumeration
 from pyrovae.inference.posterior import Program, States, code_marginals
 from pyrovae.inference.tabulated import TabulatedPosterior, weighted_sum
@@ -67,8 +67,8 @@ class Exact:
         """
         start = time.perf_counter()
         with torch.no_grad():
-            space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes)
-            solution = _Solution(space)
+            space = Enumeration(model, _copy(args), _copy(kwargs), max_bytes=self.max_bytes)
+            solution = Solution(space)
         return ExactPosterior(
             structure=space.structure,
             log_evidence=solution.log_evidence,
@@ -87,7 +87,7 @@ class Exact:
 class ExactPosterior(TabulatedPosterior):
     """p(z | x) itself: every answer below is exact, and draws are independent."""
 
-    solution: _Solution = field(repr=False)
+    solution: Solution = field(repr=False)
 
     @cached_property
     def marginals(self) -> States:
@@ -161,7 +161,8 @@ class ExactPosterior(TabulatedPosterior):
     def log_prob(self, z: Mapping[str, Tensor]) -> Tensor:
         """Log p(z | x) `[n, batch]` of states `{site: [n, batch, …]}`; −inf outside the support."""
         assert self.log_evidence is not None
-        return self.solution.log_joint(self._index_of(z)) - self.log_evidence
+        log_prob = self.solution.log_joint(self._index_of(z)) - self.log_evidence
+        return torch.where(self._possible(z), log_prob, -math.inf)
 
     def _level_of(self, f: Callable[[States], Tensor]) -> int:
         """The deepest level whose sites `f` looks at."""
@@ -194,6 +195,26 @@ class ExactPosterior(TabulatedPosterior):
                 states[latent.name] = value.reshape((value.shape[0], *latent.batch_shape, *latent.event_shape))
         return {latent.name: states[latent.name] for latent in self.structure.latents}
 
+    def _possible(self, z: Mapping[str, Tensor]) -> Tensor:
+        """Whether states are values of their sites, `[n, batch]`."""
+        structure = self.structure
+        possible = torch.ones((), dtype=torch.bool)
+        for latent in structure.latents:
+            value = z[latent.name]
+            same = (latent.decode(self._codes(latent, value)) == value).reshape(
+                (*value.shape[: 1 + len(latent.batch_shape)], -1)
+            )
+            wide = (1,) * (structure.plate_depth - len(latent.batch_shape))
+            same = same.all(-1).reshape(value.shape[:1] + wide + latent.batch_shape)
+            for dim in latent.plate_dims - {plate.dim for plate in structure.batch}:
+                same = same.all(dim, keepdim=True)
+            possible = possible & same
+        return structure.to_batch(possible)
+
+    def _codes(self, latent: Latent, values: Tensor) -> Tensor:
+        """Codes of values, those outside the support brought to its edge."""
+        return latent.encode(values.nan_to_num() if values.is_floating_point() else values).clamp(0, latent.cardinality - 1)
+
     def _index_of(self, z: Mapping[str, Tensor]) -> dict[int, Tensor]:
         space = self.enumeration
         index = {}
@@ -208,11 +229,20 @@ class ExactPosterior(TabulatedPosterior):
                         f"expected {latent.name!r} of shape [n, {', '.join(map(str, expected))}], got "
                         f"{tuple(z[latent.name].shape)}"
                     )
-                codes[latent.name] = latent.encode(z[latent.name])
+                codes[latent.name] = self._codes(latent, z[latent.name])
             number = axis.index(codes)
             wide = (1,) * (space.structure.plate_depth - len(axis.sites[0].batch_shape))
             index[axis.dim] = number.reshape(number.shape[:1] + wide + number.shape[1:])
         return index
+
+
+def _copy(arguments: Any) -> Any:
+    """Arguments with their tensors cloned: a posterior that looks at the data again must not see later changes."""
+    if isinstance(arguments, Tensor):
+        return arguments.clone()
+    if type(arguments) in (tuple, list):
+        return type(arguments)(_copy(value) for value in arguments)
+    return {key: _copy(value) for key, value in arguments.items()} if type(arguments) is dict else arguments
 
 
 @dataclass(frozen=True)
@@ -224,16 +254,14 @@ class Clique:
     level: int
 
 
-class _Solution:
+class Solution:
     """The tables of an enumeration, held where they fit in memory and computed anew where not, and the sums over them."""
 
-    def __init__(self, space: Enumeration) -> None:
+    def __init__(self, space: Enumeration, held: dict[str, Term] | None = None) -> None:
         self.space = space
         self.level = space.chunk_axis.level
-        self.held: dict[str, Term] | None = None
-        if len(space.chunks) == 1:
-            self.held = space.terms()
-        else:
+        self.held = space.terms() if held is None and len(space.chunks) == 1 else held
+        if self.held is None:
             self.leaves = {name: leaf.detach().clone() for name, leaf in space.structure.leaves.items()}
         self.message = self._combine(logsumexp)
         self.log_evidence = space.finish(self.message, self.terms(space.chunks[0]).values()).clone()
@@ -339,10 +367,10 @@ class _Solution:
         keep = frozenset(plate.dim for plate in space.structure.batch)
         for chunk in space.chunks:
             for name, term in self.terms(chunk).items():
-                chunked = space.chunk_axis.dim in space.shapes[name].axes
+                chunked = self.held is None and space.chunk_axis.dim in space.shapes[name].axes
                 if not chunked and chunk.start > 0:
                     continue
-                value = _gather(term.table.unsqueeze(0), self._local(index, chunk), depth)[0]  # [n, plates]
+                value = gather(term.table.unsqueeze(0), self._local(index, chunk), depth)[0]  # [n, plates]
                 if chunked:
                     number = index[space.chunk_axis.dim]
                     value = torch.where((number >= chunk.start) & (number < chunk.stop), value, 0.0)
@@ -421,7 +449,7 @@ class _Solution:
         chosen = list(table.shape[outer - len(index) : outer])
         deeper = [1] * (outer - len(index) - len(sizes))
         flat = table.expand((*deeper, *sizes, *chosen, *plates)).reshape((-1, *chosen, *plates))
-        return _gather(flat, self._local(index, chunk), len(plates)) if index else flat.unsqueeze(1)
+        return gather(flat, self._local(index, chunk), len(plates)) if index else flat.unsqueeze(1)
 
 
 class _Choice:
@@ -477,19 +505,6 @@ def _last_possible(cumulative: Tensor) -> Tensor:
     """The last state with a positive step, from cumulative probabilities over dim 0."""
     steps = torch.diff(cumulative, dim=0, prepend=torch.zeros_like(cumulative[:1])) > 0
     return cumulative.shape[0] - 1 - steps.flip(0).int().argmax(0)
-
-
-def _gather(table: Tensor, index: Mapping[int, Tensor], depth: int) -> Tensor:
-    """`table [S, axes, plates]` at state numbers `[n, *plates]` of its axes: `[S, n, plates]`."""
-    plates = table.shape[table.dim() - depth :]
-    axes = list(zip(table.shape[1:], sorted(index), strict=False))
-    shape = torch.broadcast_shapes(*(index[dim].shape for size, dim in axes if size > 1), (1, *plates))
-    zero = torch.zeros((), dtype=torch.long, device=table.device)
-    where: list[Any] = [(index[dim] if size > 1 else zero).expand(shape) for size, dim in axes]
-    for d in range(depth):
-        rows = torch.arange(shape[1 + d], device=table.device) * int(plates[d] > 1)
-        where.append(rows.reshape((-1,) + (1,) * (depth - 1 - d)).expand(shape))
-    return table[(slice(None), *where)]
 
 
 class _Asked(dict):  # type: ignore[type-arg]

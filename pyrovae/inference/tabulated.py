@@ -45,9 +45,7 @@ class TabulatedPosterior(Posterior):
         return q_function(self.enumeration, self.site_weights(), model)
 
 
-def q_function(
-    space: Enumeration, site_weights: Iterable[tuple[slice, SiteWeights]], model: Program
-) -> Callable[[], Tensor]:
+def q_function(space: Enumeration, site_weights: Iterable[tuple[slice, SiteWeights]], model: Program) -> Callable[[], Tensor]:
     """The objective of an M-step over weighted joint states.
 
     Each call of the result costs one run of the program over the states, whatever the number of rows, for every site whose
@@ -79,6 +77,6 @@ def q_function(
 
 def weighted_sum(weights: Tensor, table: Tensor, space: Enumeration) -> Tensor:
     """Σ over axes of weights x table, `[1, plates]`, where a state of weight 0 counts 0 whatever its log probability."""
-    product = torch.where(weights > 0, weights * torch.where(weights > 0, table, 0.0), 0.0)
+    product = dot(weights, table)
     axes = list(range(space.ndim - space.structure.plate_depth))
     return product.sum(axes, keepdim=True) if axes else product

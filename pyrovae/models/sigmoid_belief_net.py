@@ -41,7 +41,7 @@ class SigmoidBeliefNet(Module):
 
     def __init__(self, visible: int, hidden: int | Sequence[int]) -> None:
         super().__init__()
-        sizes = [visible, *([hidden] if isinstance(hidden, int) else hidden)]
+        sizes = [visible, *(hidden if isinstance(hidden, Sequence) else [hidden])]
         if len(sizes) < 2 or any(not isinstance(n, int) or n < 1 for n in sizes):
             raise ValueError(f"expected visible >= 1 and hidden >= 1 units in every layer, got {visible} and {hidden}")
         self.sizes = tuple(sizes)

@@ -66,7 +66,7 @@ class Mixture(Module):
         """Set π and μ to their maximisers of E_q[log p(x, z)]; needs `posterior.marginals["z"]`, `[B, K]`."""
         r = posterior.marginals["z"]  # type: ignore[attr-defined]
         count = r.sum(0)
-        mean = (r.T @ x) / count.unsqueeze(-1)
+        mean = ((r.T @ x) / count.unsqueeze(-1)).clamp(1e-12, 1 - 1e-12)
         self.weights.copy_((count / count.sum()).log())
         self.logits.copy_(torch.logit(mean))
 

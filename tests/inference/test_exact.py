@@ -1,10 +1,7 @@
 """Exact against a list of all joint states, on programs of every kind that it accepts, whole and in chunks."""
 
 import functools
-import math
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from brute_force import BruteForce
@@ -56,7 +53,7 @@ def close(a, b, tolerance=1e-10):
 
 @pytest.mark.parametrize("walk", WALKS)
 def test_against_all_joint_states(solved, walk, monkeypatch):
-    name, case, oracle = solved
+    _, case, oracle = solved
     _walk(monkeypatch, walk)
     posterior = Exact().infer(case.program, *case.args)
     assert posterior.bound == "exact"

@@ -10,6 +10,7 @@ import pyro.infer
 import torch
 from torch import Tensor
 
+from pyrovae.handlers.own_params import announce
 from pyrovae.inference.enumeration import Enumeration
 
 Program = Callable[..., Any]
@@ -44,6 +45,9 @@ class ExactLikelihood(pyro.infer.ELBO):
         """−log p(x), 0-d; `guide` is ignored."""
         with torch.no_grad():
             space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood")
+        announce(space.structure.leaves)
+        if space.structure.random_plates:
+            torch.rand(())  # moves the caller's random state on: the next call sees other rows
         rows = math.prod(plate.full_size / plate.size for plate in space.structure.batch)
         return -(space.log_evidence() * space.scale).sum() * rows
 
