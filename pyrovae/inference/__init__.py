@@ -6,6 +6,7 @@ from pyrovae.inference.exact import Exact, ExactPosterior
 from pyrovae.inference.fit import Fit
 from pyrovae.inference.importance import Importance
 from pyrovae.inference.mcmc import MCMC, Gibbs, GibbsKernel
+from pyrovae.inference.mean_field import MeanField
 from pyrovae.inference.posterior import Posterior
 from pyrovae.inference.variational import Variational
 
@@ -19,6 +20,7 @@ __all__ = [
     "Gibbs",
     "GibbsKernel",
     "Importance",
+    "MeanField",
     "Posterior",
     "Variational",
 ]

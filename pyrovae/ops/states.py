@@ -24,6 +24,8 @@ def index_to_codes(index: Tensor, cardinality: int, components: int) -> Tensor:
         >>> index_to_codes(torch.arange(4), 2, 2).tolist()
         [[0, 0], [0, 1], [1, 0], [1, 1]]
     """
+    if cardinality == 2:
+        return index.unsqueeze(-1) >> torch.arange(components - 1, -1, -1, dtype=index.dtype, device=index.device) & 1
     return (index.unsqueeze(-1) // _place_values(cardinality, components, index.device)) % cardinality
 
 

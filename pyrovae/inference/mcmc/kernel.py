@@ -77,10 +77,7 @@ class GibbsKernel(MCMCKernel):
         latents = self._log_joint.structure.latents
         self._sweep.start({s.name: s.encode(params[s.name].unsqueeze(0)) for s in latents})
         self._sweep.sweep()
-        if isinstance(self._sweep, TableSweep):
-            codes = self._sweep.decode(self._sweep.snapshot())
-        else:
-            codes = self._sweep.snapshot()
+        codes = self._sweep.present()
         return {s.name: s.decode(codes[s.name][0].long()).to(params[s.name].dtype) for s in latents}
 
     def cleanup(self) -> None:

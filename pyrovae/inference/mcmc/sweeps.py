@@ -21,10 +21,10 @@ Codes = dict[str, Tensor]  # {site: [C, *batch_shape, components]}, int64
 
 
 class TableSweep:
-    """Sweeps on the table of p(x, z), `[states, rows]`.
+    """Sweeps on the table of p(x, z), `[rows, states]`.
 
     Probabilities below e^-700 of a row's largest (e^-80 in float32) count as equal to one another, so that a sweep needs
-    neither logarithms nor exponentials. Costs three look-ups and three flops a bit.
+    neither logarithms nor exponentials: two look-ups and three flops a bit.
 
     Args:
         space: the enumeration of a program with one level, in one chunk.
@@ -32,76 +32,78 @@ class TableSweep:
     """
 
     def __init__(self, space: Enumeration, chains: int) -> None:
-        self.latents = space.structure.latents
-        self.axes = space.level_axes(0)
+        self.latents, self.axes = space.structure.latents, space.level_axes(0)
         depth = space.structure.plate_depth
         plates = tuple(space.plate_sizes[dim] if dim in space.levels[0] else 1 for dim in range(-depth, 0))
-        tables = space.level_tables(space.terms().values(), 0, None)
-        log_joint = add(tables)
+        log_joint = add(space.level_tables(space.terms().values(), 0, None))
         log_joint = log_joint.expand((*log_joint.shape[: log_joint.dim() - depth], *plates))
         self.shape = (chains, math.prod(plates))
-        flat = log_joint.reshape(-1, self.shape[1])  # [S, rows]
+        flat = log_joint.reshape(-1, self.shape[1])
+        self.states = len(flat)
         floor = -700.0 if flat.dtype == torch.float64 else -80.0
-        self.table = (flat - flat.amax(0)).clamp_min(floor).exp().reshape(-1)
-        self.rows = torch.arange(self.shape[1], device=flat.device).expand(self.shape)
-        self.state = torch.zeros(self.shape, dtype=torch.long, device=flat.device)  # index into `table`
-        self.components = self._components()
+        # A row's states lie together: the likely ones of neighbouring numbers share cache lines.
+        self.table = (flat - flat.amax(0)).clamp_min(floor).exp().T.reshape(-1)
+        self.first = torch.arange(0, self.states * self.shape[1], self.states, device=flat.device)
+        self.steps = self._steps()
+        self.position = self.first.expand(self.shape)  # of each chain and row in the table
+        self.offsets = [torch.zeros(self.shape, dtype=torch.long, device=flat.device) for _ in self.steps]
 
     def start(self, codes: Codes) -> None:
         """Set the chains to a state."""
-        index = torch.zeros_like(self.state)
+        number = torch.zeros(self.shape, dtype=torch.long, device=self.table.device)
         for axis in self.axes:
-            number = axis.index(codes).reshape(self.shape)
-            index = index * axis.size + number
-        self.state = index * self.shape[1] + self.rows
+            number = number * axis.size + axis.index(codes).reshape(self.shape)
+        self.position = number + self.first
+        self.offsets = [number // step % cardinality * step for step, cardinality in self.steps]
 
     def sweep(self) -> None:
-        """Draw every component of every row and chain once from its conditional, in place."""
-        uniform = torch.rand((len(self.components), *self.shape), dtype=self.table.dtype, device=self.table.device)
-        for (step, cardinality), u in zip(self.components, uniform, strict=True):
-            base = self.state - (self.state // step) % cardinality * step
+        """Draw every component of every row and chain once from its conditional."""
+        uniform = torch.rand((len(self.steps), *self.shape), dtype=self.table.dtype, device=self.table.device)
+        for j, (step, cardinality) in enumerate(self.steps):
+            rest = self.position - self.offsets[j]
             if cardinality == 2:
-                one = base + step
-                p_one = torch.take(self.table, one)
-                taken = u.mul_(torch.take(self.table, base).add_(p_one)) < p_one
-                self.state = torch.where(taken, one, base)
+                p_one = torch.take(self.table, rest + step)
+                total = torch.take(self.table, rest).add_(p_one)
+                self.offsets[j] = (total.mul_(uniform[j]) < p_one) * step
             else:
-                several = base + step * torch.arange(cardinality, device=base.device).reshape(-1, 1, 1)
-                cumulative = torch.take(self.table, several).cumsum(0)
-                code = (cumulative < u * cumulative[-1]).sum(0).clamp_max(cardinality - 1)
-                self.state = base + step * code
+                values = step * torch.arange(cardinality, device=rest.device).reshape(-1, 1, 1)
+                cumulative = torch.take(self.table, rest + values).cumsum(0)
+                code = (cumulative <= uniform[j] * cumulative[-1]).sum(0).clamp_max(cardinality - 1)
+                self.offsets[j] = code * step
+            self.position = rest.add_(self.offsets[j])
 
     def snapshot(self) -> Tensor:
         """The present state of every chain and row, `[C, rows]`, as numbers of joint states."""
-        number = self.state // self.shape[1]
-        return number.to(torch.int16 if len(self.table) // self.shape[1] < 2**15 else torch.int32)
+        return (self.position - self.first).to(torch.int16 if self.states < 2**15 else torch.int32)
 
     def decode(self, snapshots: Tensor) -> Codes:
         """Codes `{site: [K, *batch_shape, components]}`, uint8 or wider, of snapshots `[K, rows]`."""
-        numbers, found = snapshots.long(), {}
+        numbers, found = snapshots, {}
         for axis in reversed(self.axes):
-            for name, codes in axis.site_codes(numbers % axis.size).items():
-                site = next(latent for latent in axis.sites if latent.name == name)
+            sites = {site.name: site for site in axis.sites}
+            own = numbers % axis.size if len(self.axes) > 1 else numbers
+            for name, codes in axis.site_codes(own).items():
+                site = sites[name]
                 found[name] = codes.to(code_dtype(site)).reshape((len(codes), *site.batch_shape, site.components))
             numbers = numbers // axis.size
         return found
+
+    def present(self) -> Codes:
+        """The present codes `{site: [C, *batch_shape, components]}`."""
+        return self.decode(self.snapshot())
 
     @property
     def evaluations_per_sweep(self) -> int:
         """None beyond those of the table."""
         return 0
 
-    def _components(self) -> list[tuple[int, int]]:
-        """(step in the table, cardinality) of each component, in the program's order."""
-        place = self.shape[1]
-        steps: dict[str, list[tuple[int, int]]] = {}
+    def _steps(self) -> list[tuple[int, int]]:
+        """(Place value in the number of the state, cardinality) of each component, in the program's order."""
+        place, steps = 1, dict[str, list[tuple[int, int]]]()
         for axis in reversed(self.axes):
             for site in reversed(axis.sites):
-                own = []
-                for _ in range(site.components):
-                    own.append((place, site.cardinality))
-                    place *= site.cardinality
-                steps[site.name] = own[::-1]
+                steps[site.name] = [(place * site.cardinality**j, site.cardinality) for j in reversed(range(site.components))]
+                place *= site.num_states
         return [step for latent in self.latents for step in steps[latent.name] if step[1] > 1]
 
 
@@ -136,6 +138,10 @@ class ProgramSweep:
         """The present codes, uint8 or wider."""
         return {latent.name: self.codes[latent.name].to(code_dtype(latent)) for latent in self.latents}
 
+    def present(self) -> Codes:
+        """The present codes `{site: [C, *batch_shape, components]}`."""
+        return self.codes
+
     @property
     def evaluations_per_sweep(self) -> int:
         """Values of log p(x, z) that one sweep of all chains computes."""
@@ -158,7 +164,7 @@ class ProgramSweep:
         log_weights = torch.cat((torch.zeros_like(gain[:1]), gain))
         cumulative = torch.softmax(log_weights, 0).cumsum(0)
         u = torch.rand(cumulative.shape[1:], dtype=cumulative.dtype, device=cumulative.device)
-        pick = (cumulative < u * cumulative[-1]).sum(0).clamp_max(others)  # 0 stays
+        pick = (cumulative <= u * cumulative[-1]).sum(0).clamp_max(others)  # 0 stays
         own = pick.reshape((self.chains, *latent.batch_shape))
         self.codes[latent.name][..., j] = (old[..., j] + own) % latent.cardinality
         for name, term in self.current.items():
