@@ -223,9 +223,14 @@ def _learning_table(learned: Mapping[str, list[_Learned]], num_seeds: int) -> pd
         row["log_p_train"], row["log_p_train_se"] = _over_seeds(_mean(run.train) for run in runs)
         row["log_p_test"], row["log_p_test_se"] = _over_seeds(_mean(run.test) for run in runs)
         row["bound"] = runs[0].fit.bound
-        row["own_bound"], row["own_bound_se"] = _over_seeds(run.fit.history[-1]["bound"] for run in runs)
-        gaps = (_difference(_mean(run.train), run.fit.history[-1]["bound"]) for run in runs)
-        row["gap"] = _over_seeds(gaps)[0]
+        ends = [run.fit.history[-1] for run in runs]
+        row["own_bound"], row["own_bound_se"] = _over_seeds(end["bound"] for end in ends)
+        row["gap"], row["gap_se"] = _over_seeds(
+            _difference(_mean(run.train), end["bound"]) for run, end in zip(runs, ends, strict=True)
+        )
+        if len(runs) == 1:  # no spread over seeds; what remains is the noise of the bound itself
+            row["own_bound_se"] = ends[0]["stderr"]
+            row["gap_se"] = None if row["gap"] is None else ends[0]["stderr"]
         row["difference"], row["difference_se"] = (
             (None, None) if baseline is None or name == baseline else _paired(runs, learned[baseline])
         )
@@ -245,7 +250,7 @@ def _inference_table(inferred: Mapping[str, list[Posterior]], reference: Posteri
         row: dict[str, Any] = {"method": name, "bound": posteriors[0].bound}
         for key in parts[0]:
             row[key] = _combine(key, [part[key] for part in parts])
-        row["model_evaluations"] = round(row["model_evaluations"])
+        row["sampled"] = isinstance(posteriors[0], DrawsPosterior)
         row["note"] = _inference_note(posteriors[0], row)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -261,10 +266,11 @@ def _inference_row(posterior: Posterior, reference: Posterior | None) -> dict[st
     )
     exact = None if reference is None else _mean(reference.log_evidence)
     row["gap"] = None if exact is None or row["log_evidence"] is None else exact - row["log_evidence"]
+    row["gap_se"] = None if row["gap"] is None else row["log_evidence_se"]
     row["kl"] = row["gap"] if posterior.log_prob is not None and _is_elbo(posterior) else None
     row["marginal_error"] = None if reference is None else _marginal_error(posterior, reference)
     row["ess"], row["rhat"], row["pareto_k"] = _reliability(posterior)
-    row["model_evaluations"] = float(posterior.diagnostics.get("model_evaluations", math.nan))
+    row["model_evaluations"] = posterior.diagnostics.get("model_evaluations")
     row["seconds"] = posterior.seconds
     return row
 
@@ -301,7 +307,7 @@ def _extreme(values: Iterable[Tensor], which: Callable[[Iterable[float]], float]
 
 def _inference_note(posterior: Posterior, row: Mapping[str, Any]) -> str:
     if posterior.bound == "exact":
-        return "exact"
+        return "the reference"
     notes = []
     if row["rhat"] is not None and row["rhat"] > 1.01:
         notes.append(f"R-hat up to {row['rhat']:.3f}: chains disagree, do not trust; run longer")
@@ -370,7 +376,7 @@ def _combine(key: str, values: list[float | None]) -> float | None:
         return max(found)
     if key == "ess":
         return min(found)
-    if key == "log_evidence_se":
+    if key.endswith("_se"):
         return math.sqrt(sum(v**2 for v in found)) / len(found)
     return sum(found) / len(found)
 

@@ -1,0 +1,258 @@
+"""The command line: `pyrovae compare`."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+_state = random.getstate()  # rich draws from Python's generator at its first import
+import rich.box  # noqa: E402
+import rich.markup  # noqa: E402
+import rich.padding  # noqa: E402
+import rich.progress  # noqa: E402
+import rich.table  # noqa: E402
+import rich.text  # noqa: E402
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+random.setstate(_state)
+
+if TYPE_CHECKING:
+    from pyrovae.main_job import MainJob, Settings
+
+app = typer.Typer(
+    name="pyrovae",
+    help="Know how wrong your fit is: exact, EM, MCMC and variational inference side by side.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(value: bool) -> None:  # noqa: FBT001
+    if value:
+        from pyrovae import __version__
+
+        typer.echo(f"pyrovae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[  # noqa: FBT002
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Know how wrong your fit is: exact, EM, MCMC and variational inference side by side."""
+
+
+@app.command("compare")
+def compare_command(
+    data: Annotated[
+        str, typer.Option(help="Data set: digits, bars_and_stripes, labelled_shifter, mnist or fashion_mnist.")
+    ] = "digits",
+    model: Annotated[str, typer.Option(help="Family of models: sbn, a sigmoid belief net.")] = "sbn",
+    hidden: Annotated[str, typer.Option(help="Hidden units; one number a layer from the data upwards, as in 8,4.")] = "8",
+    methods: Annotated[str, typer.Option(help="Methods, with commas between; the list stands below.")] = "all",
+    budget: Annotated[
+        str, typer.Option(help="small, default, large, or a factor for every number of steps and draws, as in 0.5.")
+    ] = "default",
+    seeds: Annotated[
+        str, typer.Option(help="How many seeds, as in 5, or which, as in 0,1,2. Errors are then over seeds.")
+    ] = "1",
+    penalty: Annotated[
+        float, typer.Option(help="Precision of the Gaussian prior on every parameter, shared by all learners.")
+    ] = 0.1,
+    rows: Annotated[int | None, typer.Option(help="Use at most this many rows of each split.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the report; made or updated.")] = Path("pyrovae-report"),
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only where the report lies.")] = False,  # noqa: FBT002
+) -> None:
+    """Learn one model by every method, then put every inference method to one learned net.
+
+    Each number is marked: = exact, ≥ lower bound, ≤ upper bound, ≈ estimate. What was learned is judged by exact
+    enumeration where it fits, not by what a method says of itself. Tables are printed; the folder gets report.html, CSV,
+    JSON, Markdown, plots, and each posterior as netCDF for ArviZ.
+
+    Learners: exact EM, exact gradient, Monte-Carlo EM, variational EM, score function, relaxation.
+
+    Inference: exact, Gibbs, mean field, local VI, amortised VI, importance.
+
+    Computed in float64. With no options: a sigmoid belief net with 8 hidden units on 1437 scans of digits, about a minute.
+
+    For example:
+
+      pyrovae compare
+
+      pyrovae compare --data bars_and_stripes --budget small
+
+      pyrovae compare --methods "exact EM,relaxation,exact,Gibbs" --seeds 5
+    """
+    errors = Console(stderr=True, highlight=False)
+    try:
+        settings = _settings(data, model, hidden, methods, budget, seeds, penalty, rows)
+        from pyrovae import main_job, report
+
+        report.check_writable(output)
+        with _own_process():
+            job = _run(main_job, settings, quiet=quiet)
+            path = report.write_report(job.comparisons, output, _heading(settings), samples=job.samples, notes=job.notes)
+    except KeyboardInterrupt:
+        errors.print("Interrupted; nothing was written.")
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        errors.print(f"Error: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    if not quiet:
+        _print(job)
+    typer.echo(f"Report: {path}")
+
+
+def _settings(
+    data: str, model: str, hidden: str, methods: str, budget: str, seeds: str, penalty: float, rows: int | None
+) -> Settings:
+    from pyrovae.data import NAMES
+    from pyrovae.main_job import BUDGETS, Settings, parse_methods
+
+    if data not in NAMES:
+        raise ValueError(f"unknown data {data!r}; choose from: {', '.join(NAMES)}")
+    if model != "sbn":
+        raise ValueError(f"unknown model {model!r}; choose from: sbn")
+    sizes = _integers("--hidden", hidden, least=1)
+    if budget in BUDGETS:
+        factor = BUDGETS[budget]
+    else:
+        try:
+            factor = float(budget)
+        except ValueError:
+            factor = 0.0
+        if not 0 < factor <= 1000:
+            raise ValueError(f"expected --budget small, default, large or a factor above 0, got {budget!r}")
+    listed = _integers("--seeds", seeds, least=0)
+    chosen = listed if "," in seeds else tuple(range(listed[0]))
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"expected --seeds to be a count of at least 1 or a list of different seeds, got {seeds!r}")
+    if not 0 <= penalty < float("inf"):
+        raise ValueError(f"expected --penalty of at least 0, got {penalty}")
+    if rows is not None and rows < 2:
+        raise ValueError(f"expected --rows of at least 2, got {rows}")
+    return Settings(
+        data=data, hidden=sizes, methods=parse_methods(methods), budget=factor, seeds=chosen, penalty=penalty, rows=rows
+    )
+
+
+def _integers(option: str, text: str, *, least: int) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        values = ()
+    if not values or min(values) < least:
+        raise ValueError(f"expected {option} to be integers of at least {least}, with commas between, got {text!r}")
+    return values
+
+
+@contextmanager
+def _own_process() -> Iterator[None]:
+    """float64, and none of Pyro's remarks to developers, while the command runs."""
+    import torch
+
+    logger = logging.getLogger("pyro")
+    level, dtype = logger.level, torch.get_default_dtype()
+    logger.setLevel(logging.WARNING)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        logger.setLevel(level)
+
+
+def _run(main_job: Any, settings: Settings, *, quiet: bool) -> MainJob:
+    if quiet:
+        return main_job.run(settings)
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description:16}"),
+        rich.progress.BarColumn(bar_width=30),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("starting", total=None)
+
+        def progress(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name or "done", completed=done, total=total)
+
+        return main_job.run(settings, progress)
+
+
+def _heading(settings: Settings) -> str:
+    units = "-".join(map(str, settings.hidden))
+    return f"Sigmoid belief net with {units} hidden units on {settings.data.replace('_', ' ')}"
+
+
+_SHORT = {
+    "log_p_train": "log p(x)\ntraining",
+    "log_p_test": "log p(x)\ntest",
+    "own_bound": "own bound\ntraining",
+    "gap": "gap to\nexact",
+    "difference": "difference to\nexact learning",
+    "marginal_error": "marginal\nerror",
+    "ess": "least\nESS",
+    "rhat": "largest\nR-hat",
+    "pareto_k": "Pareto\nk > 0.7",
+    "model_evaluations": "evalu-\nations",
+}
+
+
+def _print(job: MainJob) -> None:
+    """The tables, their notes beneath, and what the marks mean."""
+    from pyrovae.report import LEGEND, SYMBOLS, tables
+
+    console = Console(file=sys.stdout, highlight=False)
+    narrow = console.width < 110
+    for comparison in job.comparisons.values():
+        for table in tables(comparison):
+            grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            shown = []
+            for i, (key, title) in enumerate(table.columns):
+                if (
+                    key == "note"
+                    or (narrow and key in ("kl", "model_evaluations"))
+                    or not any(row[i].text for row in table.rows)
+                ):
+                    continue
+                shown.append(i)
+                grid.add_column(_SHORT.get(key, title), justify="left" if key == "method" else "right", no_wrap=True)
+            for row in table.rows:
+                cells = [row[i].marked for i in shown]
+                if narrow:  # the files and the page have every standard error
+                    keep = [table.columns[i][0] == "difference" for i in shown]
+                    cells = [c if kept else c.split(" ±")[0] for c, kept in zip(cells, keep, strict=True)]
+                grid.add_row(*map(rich.markup.escape, cells))
+            console.print()
+            console.print(f"{table.task.capitalize()}, nats per datum", style="bold")
+            console.print(grid)
+            for row in table.rows:
+                if row[-1].text:
+                    console.print(
+                        rich.padding.Padding(rich.text.Text(f"{row[0].text}: {row[-1].text}", style="dim"), (0, 0, 0, 2))
+                    )
+    console.print()
+    short = "   ".join(f"{SYMBOLS[mark]} {words.split(':')[0].split(',')[0]}" for mark, words in LEGEND.items())
+    console.print(f"{short}   ± one standard error", markup=False)
+    for note in job.notes:
+        console.print(f"- {note}", markup=False, style="dim")
+    console.print()
+
+
+if __name__ == "__main__":
+    app()

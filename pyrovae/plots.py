@@ -1,0 +1,402 @@
+"""The plots of a comparison: what each method says of itself beside what is true.
+
+Every function returns a matplotlib `Figure` made without pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from pyrovae.compare import Comparison
+
+# Okabe and Ito's colours, told apart by colour-blind readers; https://jfly.uni-koeln.de/color/
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7A5195")
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Colours of a page, light or dark."""
+
+    ink: str
+    soft: str
+    line: str
+    paper: str
+
+
+_LIGHT = _Look(ink="#1c1e21", soft="#5b6168", line="#d8dce0", paper="#ffffff")
+_DARK = _Look(ink="#e6e8ea", soft="#a3aab2", line="#3a3f45", paper="#16181b")
+
+
+def learning_curves(comparison: Comparison, *, dark: bool = False) -> Figure | None:
+    """What each learner reports against seconds; log p(x) in black, bounds in colour. None where no learner has a bound.
+
+    Args:
+        comparison: one with a learning table.
+        dark: for a dark page.
+    """
+    look = _look(dark=dark)
+    curves = {}
+    for name, fit in comparison.fits.items():
+        points = [(entry["seconds"], entry["bound"]) for entry in fit.history if entry["bound"] is not None]
+        if len(points) > 1:
+            curves[name] = points
+    if not curves:
+        return None
+    figure, (axes,) = _figure(look, 8.4, 4.4, right=0.77)
+    colours = _colours(comparison, look)
+    best = max(value for points in curves.values() for _, value in points)
+    worst_end = min(points[-1][1] for points in curves.values())
+    lowest = min(value for points in curves.values() for _, value in points)
+    floor = max(lowest - 0.05 * (best - lowest), worst_end - 1.6 * max(best - worst_end, 0.05))
+    for name, points in curves.items():
+        exact = comparison.fits[name].bound == "exact"
+        axes.plot(*zip(*points, strict=True), color=colours[name], lw=2.2 if exact else 1.7, ls=_dashes(comparison, name))
+        axes.plot(*points[-1], "o", ms=5, color=colours[name])
+    axes.set_ylim(floor, best + 0.06 * (best - floor))
+    axes.set_xlim(left=0)
+    for name, points in curves.items():
+        x, y = points[-1]
+        axes.plot([x, axes.get_xlim()[1]], [y, y], color=colours[name], lw=0.8, ls=":", alpha=0.7, scalex=False, zorder=0)
+    ends = {name: points[-1][1] for name, points in curves.items()}
+    labels = {name: name if comparison.fits[name].bound == "exact" else f"{name} (bound)" for name in ends}
+    _end_labels(axes, ends, labels, colours)
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("nats per datum, training")
+    bounded = any(comparison.fits[name].bound != "exact" for name in curves)
+    _title(figure, look, "What each method reports while it learns", "black: exact log p(x);  colour: a bound of it" * bounded)
+    return figure
+
+
+def learned(comparison: Comparison, *, dark: bool = False) -> Figure | None:
+    """Exact log p(x) of what was learned, joined to the method's own bound; and paired differences on test rows.
+
+    None where the exact values are not known.
+
+    Args:
+        comparison: one with a learning table.
+        dark: for a dark page.
+    """
+    assert comparison.learning is not None
+    rows = [row for row in comparison.learning.to_dict("records") if _number(row["log_p_train"]) is not None]
+    if not rows:
+        return None
+    rows.sort(key=lambda row: row["log_p_train"])
+    look, count = _look(dark=dark), len(rows)
+    paired = [row for row in rows if _number(row["difference"]) is not None]
+    panels = 2 if paired else 1
+    figure, axes = _figure(
+        look, 9.6 if panels == 2 else 7.0, 1.7 + 0.42 * count, panels, left=0.17, right=0.97, ratios=(1.5, 1)[:panels]
+    )
+    colours = _colours(comparison, look)
+    for y, row in enumerate(rows):
+        name, exact, own = row["method"], row["log_p_train"], _number(row["own_bound"])
+        error = _number(row["log_p_train_se"])
+        if own is not None and own != exact:
+            axes[0].plot([own, exact], [y, y], color=colours[name], lw=1.6, alpha=0.75, solid_capstyle="butt", zorder=1)
+            axes[0].plot(own, y, "o", ms=8, mfc=look.paper, mec=colours[name], mew=1.6)
+            if exact - own > 0.02 * _span(rows):
+                axes[0].annotate(
+                    f"{exact - own:.2f}", ((own + exact) / 2, y), (0, 5), textcoords="offset points", ha="center",
+                    fontsize=8.5, color=look.soft,
+                )  # fmt: skip
+        axes[0].errorbar(exact, y, xerr=error, fmt="o", ms=8, color=colours[name], elinewidth=1.4, zorder=3)
+    _name_rows(axes[0], [row["method"] for row in rows], colours)
+    axes[0].set_xlabel("nats per datum, training\n●  exact log p(x)     ○  what the method reports")
+    if panels == 2:
+        reference = next(row["method"] for row in rows if row["difference"] != row["difference"] or row["difference"] is None)
+        axes[1].axvline(0, color=look.soft, lw=1, ls=(0, (3, 3)))
+        for y, row in enumerate(rows):
+            difference, error = _number(row["difference"]), _number(row["difference_se"])
+            if difference is None:
+                axes[1].annotate(
+                    "reference", (0, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, color=look.soft
+                )
+                continue
+            axes[1].errorbar(
+                difference,
+                y,
+                xerr=None if error is None else 2 * error,
+                fmt="o",
+                ms=6.5,
+                color=colours[row["method"]],
+                elinewidth=1.4,
+            )
+        axes[1].set_yticks([])
+        axes[1].set_ylim(*axes[0].get_ylim())
+        where = "test" if comparison.metadata.get("test_rows") is not None else "training"
+        axes[1].set_xlabel(f"difference to {reference}, {where}\npaired by row, ± 2 s.e.")
+        low, high = axes[1].get_xlim()
+        axes[1].set_xlim(low, max(high, 0.22 * (0 - low)))
+    _title(
+        figure, look, "What was learned, and what the method says it learned", "the line between them is its error about itself"
+    )
+    return figure
+
+
+def inference_errors(comparison: Comparison, *, dark: bool = False) -> Figure | None:
+    """Gap of the evidence and largest marginal error of each inference method, on log scales; None without a reference.
+
+    Args:
+        comparison: one with an inference table.
+        dark: for a dark page.
+    """
+    assert comparison.inference is not None
+    rows = comparison.inference.to_dict("records")
+    if comparison.reference is None:
+        return None
+    rows.sort(key=lambda row: -(_number(row["marginal_error"]) or 0.0))
+    look = _look(dark=dark)
+    figure, axes = _figure(look, 9.6, 1.7 + 0.42 * len(rows), 2, left=0.15, right=0.97, ratios=(1, 1))
+    colours = _colours(comparison, look)
+    columns = (
+        ("gap", "gap_se", "log p(x) minus what it reports, nats per datum"),
+        ("marginal_error", None, "largest error of a marginal"),
+    )
+    for panel, (column, stderr, label) in zip(axes, columns, strict=True):
+        values = [_number(row[column]) for row in rows]
+        positive = [value for value in values if value is not None and value > 1e-9]
+        floor = 10 ** (math.floor(math.log10(min(positive, default=1e-3))) - 0.7)
+        panel.set_xscale("log")
+        panel.set_xlim(floor, 2.5 * max(positive, default=1.0))
+        for y, (row, value) in enumerate(zip(rows, values, strict=True)):
+            if value is None:
+                _say(panel, floor, y, "gives none", look)
+            elif abs(value) <= 1e-9:
+                _say(panel, floor, y, "0: exact" if row["bound"] == "exact" else "0", look, colours[row["method"]])
+            elif value < 0:
+                _say(panel, floor, y, f"{value:.1e}: within its noise", look)
+            else:
+                error = None if stderr is None else _number(row[stderr])
+                panel.plot([floor, value], [y, y], color=colours[row["method"]], lw=1, alpha=0.35)
+                spread = None if not error else [[min(2 * error, 0.999 * value - floor * 0.5)], [2 * error]]
+                panel.errorbar(value, y, xerr=spread, fmt="o", ms=8, color=colours[row["method"]], elinewidth=1.6)
+                panel.annotate(
+                    f"{value:.2g}", (value, y), (0, 7), textcoords="offset points", ha="center", fontsize=8.5, color=look.soft
+                )
+        panel.set_xlabel(label)
+        panel.set_ylim(-0.6, len(rows) - 0.35)
+    _name_rows(axes[0], [row["method"] for row in rows], colours)
+    axes[1].set_yticks([])
+    axes[0].set_ylim(-0.6, len(rows) - 0.35)
+    _title(figure, look, "How wrong each inference method is", "one net, judged by exact enumeration; left is better")
+    return figure
+
+
+def marginals(comparison: Comparison, *, dark: bool = False, most: int = 4000) -> Figure | None:
+    """Each method's marginals against the exact ones, one panel a method; None without a reference.
+
+    Args:
+        comparison: one with an inference table.
+        dark: for a dark page.
+        most: points drawn of each method, evenly taken.
+    """
+    reference = comparison.reference
+    names = [name for name, posterior in comparison.posteriors.items() if posterior.bound != "exact"]
+    if reference is None or not names:
+        return None
+    look = _look(dark=dark)
+    wide = min(len(names), 5)
+    tall = math.ceil(len(names) / wide)
+    figure, axes = _figure(
+        look,
+        max(4.2, 0.7 + 1.95 * wide),
+        1.75 + 2.05 * tall,
+        wide,
+        tall,
+        left=0.08 if wide > 2 else 0.16,
+        right=0.985,
+        square=True,
+    )
+    colours = _colours(comparison, look)
+    for panel, name in zip(axes, names, strict=False):
+        pairs = [
+            (exact.reshape(-1), comparison.posteriors[name].marginals[site].reshape(-1))
+            for site, exact in reference.marginals.items()
+            if site in comparison.posteriors[name].marginals
+        ]
+        exact, found = (torch.cat(parts).detach().cpu() for parts in zip(*pairs, strict=True))
+        step = max(1, len(exact) // most)
+        panel.plot([0, 1], [0, 1], color=look.soft, lw=0.8, ls=(0, (3, 3)))
+        panel.scatter(exact[::step], found[::step], s=5, color=colours[name], alpha=0.35, lw=0)
+        panel.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=[0, 1], yticks=[0, 1], aspect="equal")
+        rms = float((exact - found).square().mean().sqrt())
+        panel.set_title(f"{name}", fontsize=10.5, color=colours[name], loc="left", pad=16, fontweight="bold")
+        panel.annotate(
+            f"r.m.s. error {rms:.2g}", (0, 1), (0, 5), "axes fraction", "offset points", fontsize=8.5, color=look.soft
+        )
+    for panel in axes[len(names) :]:
+        panel.set_visible(False)
+    axes[0].set_ylabel("method's marginal")
+    axes[0].set_xlabel("exact marginal")
+    _title(figure, look, "Marginals of each latent unit and row", "on the diagonal nothing is wrong")
+    return figure
+
+
+def samples_grid(samples: Mapping[str, Tensor], *, dark: bool = False, columns: int = 4, most: int = 16) -> Figure:
+    """Rows of data and of draws as images, one block a name.
+
+    Args:
+        samples: rows in [0, 1] `[n, D]` by name; images where D is a square, strips where it is not.
+        dark: for a dark page.
+        columns: images side by side in a block.
+        most: images of a block.
+    """
+    look = _look(dark=dark)
+    wide = min(len(samples), 7)
+    tall = math.ceil(len(samples) / wide)
+    figure, axes = _figure(
+        look, max(3.0, 1.35 * wide + 0.2), 0.85 + 1.75 * tall, wide, tall, left=0.015, right=0.985, square=True
+    )
+    for panel, (name, rows) in zip(axes, samples.items(), strict=False):
+        panel.imshow(_mosaic(rows[:most], columns), cmap="gray" if dark else "gray_r", vmin=0, vmax=1, interpolation="nearest")
+        panel.set_title(
+            name, fontsize=9.5, loc="left", color=look.ink, pad=4, fontweight="bold" if name == "data" else "normal"
+        )
+        panel.set(xticks=[], yticks=[])
+        for spine in panel.spines.values():
+            spine.set_visible(False)
+    for panel in axes[len(samples) :]:
+        panel.set_visible(False)
+    _title(figure, look, "Data, and what each learned net draws", "")
+    return figure
+
+
+# --- Looks -----------------------------------------------------------------------------------------------------------
+
+
+def _look(*, dark: bool) -> _Look:
+    return _DARK if dark else _LIGHT
+
+
+def _figure(
+    look: _Look,
+    width: float,
+    height: float,
+    columns: int = 1,
+    rows: int = 1,
+    *,
+    left: float = 0.09,
+    right: float = 0.97,
+    ratios: Sequence[float] | None = None,
+    square: bool = False,
+) -> tuple[Figure, list[Any]]:
+    """A figure with room for a title of two lines, and its axes in reading order."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor=look.paper)
+    above, below = (0.95, 0.45) if square else (0.72, 0.62)  # inches
+    grid = figure.add_gridspec(
+        rows,
+        columns,
+        left=left,
+        right=right,
+        top=1 - above / height,
+        bottom=below / height,
+        width_ratios=ratios,
+        wspace=0.22 if square else 0.09,
+        hspace=0.5,
+    )
+    axes = [figure.add_subplot(grid[i, j]) for i in range(rows) for j in range(columns)]
+    for panel in axes:
+        panel.set_facecolor(look.paper)
+        panel.tick_params(colors=look.soft, labelsize=9, length=3)
+        panel.xaxis.label.set_color(look.soft)
+        panel.yaxis.label.set_color(look.soft)
+        panel.xaxis.label.set_fontsize(9.5)
+        panel.yaxis.label.set_fontsize(9.5)
+        for side, spine in panel.spines.items():
+            spine.set_color(look.line)
+            spine.set_visible(side in ("left", "bottom"))
+    return figure, axes
+
+
+def _title(figure: Figure, look: _Look, title: str, subtitle: str) -> None:
+    height = figure.get_figheight()
+    figure.text(0.015, 1 - 0.12 / height, title, fontsize=12.5, fontweight="bold", color=look.ink, va="top")
+    figure.text(0.015, 1 - 0.38 / height, subtitle, fontsize=9.5, color=look.soft, va="top")
+
+
+def _colours(comparison: Comparison, look: _Look) -> dict[str, str]:
+    """A colour a method: ink for the exact ones."""
+    exact = {name for name, fit in comparison.fits.items() if fit.bound == "exact"}
+    exact |= {name for name, posterior in comparison.posteriors.items() if posterior.bound == "exact"}
+    names = [*comparison.fits, *comparison.posteriors]
+    others = [name for name in names if name not in exact]
+    return {name: look.ink if name in exact else _COLOURS[others.index(name) % len(_COLOURS)] for name in names}
+
+
+def _dashes(comparison: Comparison, name: str) -> Any:
+    """Solid, but for the second and later exact lines, which would hide one another."""
+    exact = [label for label, fit in comparison.fits.items() if fit.bound == "exact"]
+    return (0, (4, 2)) if name in exact[1:] else "-"
+
+
+def _end_labels(axes: Axes, ends: Mapping[str, float], labels: Mapping[str, str], colours: Mapping[str, str]) -> None:
+    """Names at the right of the lines' ends, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    least = 0.062 * (high - low)
+    order = sorted(ends, key=lambda name: ends[name], reverse=True)
+    places: list[float] = []
+    for name in order:
+        places.append(min(ends[name], places[-1] - least) if places else min(ends[name], high))
+    overflow = low + 0.02 * (high - low) - places[-1]
+    if overflow > 0:
+        places = [max(place, low + 0.02 * (high - low) + least * (len(places) - 1 - i)) for i, place in enumerate(places)]
+    right = axes.get_xlim()[1]
+    for name, place in zip(order, places, strict=True):
+        axes.annotate(
+            labels[name],
+            (right, place),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+            color=colours[name],
+            annotation_clip=False,
+        )
+
+
+def _name_rows(axes: Axes, names: Sequence[str], colours: Mapping[str, str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.35)
+    axes.tick_params(axis="y", length=0, labelsize=10)
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_color(colours[name])
+
+
+def _say(axes: Axes, x: float, y: float, words: str, look: _Look, colour: str | None = None) -> None:
+    axes.annotate(words, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=9, color=colour or look.soft)
+
+
+def _span(rows: Sequence[Mapping[Any, Any]]) -> float:
+    ends = [value for row in rows for value in (_number(row["log_p_train"]), _number(row["own_bound"])) if value is not None]
+    return max(ends) - min(ends)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or value != value else float(value)
+
+
+def _mosaic(rows: Tensor, columns: int) -> Any:
+    """Images beside one another with gaps, `[height, width]`; NaN-free, gaps at a light grey."""
+    side = math.isqrt(rows.shape[1])
+    height, width = (side, side) if side * side == rows.shape[1] else (1, rows.shape[1])
+    columns = columns if height > 1 else 1
+    images = rows.detach().cpu().double().reshape(-1, height, width)
+    lines = math.ceil(len(images) / columns)
+    gap = 1
+    canvas = torch.full((lines * (height + gap) - gap, columns * (width + gap) - gap), 0.14, dtype=torch.float64)
+    for i, image in enumerate(images):
+        top, start = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[top : top + height, start : start + width] = image
+    return canvas.numpy()
