@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrovae.handlers.structure import Latent
 from pyrovae.inference.enumeration import Enumeration
+from pyrovae.inference.factors import dot
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Posterior, Program, States
 from pyrovae.inference.tabulated import q_function
@@ -70,14 +71,17 @@ class DrawsPosterior(Posterior):
         """
         parts = [f(self._at(piece)) for piece in self._pieces()]
         value = torch.cat(parts) if len(parts) > 1 else parts[0]  # [K, batch, …]
-        if value.shape[0] != self.num_draws:
-            raise ValueError(f"expected f to return [S, batch, …] for S draws, got {tuple(value.shape)}")
-        if self.log_weights is not None:
-            weights = self.log_weights.exp().to(value.dtype)
-            weights = weights.reshape(weights.shape + (1,) * (value.dim() - weights.dim()))
-            mean = (weights * value).sum(0)
-            return mean, (weights**2 * (value.detach() - mean.detach()) ** 2).sum(0).sqrt()
-        return value.mean(0), self._standard_error(value.detach())
+        expected = (self.num_draws, *self.structure.batch_shape)
+        if value.shape[: len(expected)] != expected:
+            raise ValueError(f"expected f to return [S, batch, …] = {expected} and any dims after, got {tuple(value.shape)}")
+        if not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
+        if self.log_weights is None:
+            return value.mean(0), self._standard_error(value.detach())
+        weights = self.log_weights.exp().to(value.dtype)
+        weights = weights.reshape(weights.shape + (1,) * (value.dim() - weights.dim()))
+        mean = dot(weights, value).sum(0)
+        return mean, dot(weights**2, (value.detach() - mean.detach()) ** 2).sum(0).sqrt()
 
     def expected_log_joint(self, model: Program) -> Tensor:
         """The (weighted) mean of log p(x, z) under `model`, `[batch]`; one evaluation a draw."""
@@ -85,7 +89,7 @@ class DrawsPosterior(Posterior):
         for piece in self._pieces():
             value = self.log_joint(self._at(piece), model)  # [k, batch]
             weights = self._weights(piece).to(value.dtype)
-            part = (weights * value).sum(0)
+            part = dot(weights, value).sum(0)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -187,16 +191,10 @@ class DrawsPosterior(Posterior):
         if self.shape is None:
             return value.std(0) / math.sqrt(value.shape[0])
         chains, draws = self.shape
-        length = max(1, math.isqrt(draws))
-        count = draws // length
-        blocks = value.reshape((chains, draws, *value.shape[1:]))[:, : count * length]
-        means = (
-            blocks.reshape((chains * count, length, *value.shape[1:]))
-            if chains == 1
-            else blocks.reshape((chains, count, length, *value.shape[1:])).flatten(0, 1)
-        )
-        means = means.mean(1)
-        return means.std(0) / math.sqrt(means.shape[0]) if means.shape[0] > 1 else torch.full_like(means[0], math.nan)
+        length = math.isqrt(draws)  # of a batch
+        kept = draws // length * length
+        batches = value.reshape((chains, draws, *value.shape[1:]))[:, :kept].reshape((-1, length, *value.shape[1:])).mean(1)
+        return batches.std(0) / math.sqrt(len(batches)) if len(batches) > 1 else torch.full_like(batches[0], math.nan)
 
     def _per_component(self, name: str) -> States | None:
         if self.shape is None:
@@ -232,7 +230,12 @@ class DrawsPosterior(Posterior):
         for latent in latents:
             codes = self.codes[latent.name].reshape(-1, latent.components)
             states[latent.name] = codes[first].long()
-        space = Enumeration(model, self.log_joint.args, self.log_joint.kwargs, max_bytes=_MAX_BYTES, method="EM", states=states)
+        try:
+            space = Enumeration(
+                model, self.log_joint.args, self.log_joint.kwargs, max_bytes=_MAX_BYTES, method="EM", states=states
+            )
+        except ValueError:
+            return None  # a program that LogJoint runs one state at a time
         wide = (1,) * (self.structure.plate_depth - len(latents[0].batch_shape))
         table = table.T.reshape((distinct.numel(), *wide, *latents[0].batch_shape))
         weights_of = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Structure, draw_sites, read_structure, run_sites
+from pyrovae.handlers.structure import Latent, Structure, draw_sites, read_structure, run_sites
 from pyrovae.inference.elimination import Term, add, sum_plates
 from pyrovae.inference.factors import site_factor
 from pyrovae.ops import isolated_rng
@@ -21,8 +21,8 @@ class LogJoint:
     """log p(x, z) at states `{site: [K, *batch_shape, *event]}` that may differ between rows.
 
     A program that broadcasts on the left is run once for all K states; one that does not, or whose result for a state
-    depends on the other states, is run K times. Which of the two holds is found out by evaluating a few prior draws
-    together and apart.
+    depends on the other states, is run K times. Which of the two holds is found out by evaluating three states together
+    and apart: finite sites at their first values, their last, and random ones, the others at draws of the program.
 
     Args:
         program: a Pyro model.
@@ -96,15 +96,15 @@ class LogJoint:
         return {factor.name: Term(factor.table(), factor.plate_dims, 0) for factor in factors}
 
     def _agrees(self) -> bool:
-        """Whether three draws of the prior have the same log joint together and apart."""
+        """Whether three states have the same log joint together and apart."""
+        latents = self.structure.latents
         with isolated_rng(0):
-            draws = [draw_sites(self.program, self.args, self.kwargs, self.structure.subsample) for _ in range(3)]
-        if any(set(draw) != set(draws[0]) for draw in draws):
-            return False
-        states = {}
-        for latent in self.structure.latents:
-            shape = latent.batch_shape + latent.event_shape
-            states[latent.name] = torch.stack([draw[latent.name].value.expand(shape) for draw in draws])
+            draws: list[Mapping[str, Any]] = [{}, {}, {}]
+            if not all(latent.finite for latent in latents):
+                draws = [draw_sites(self.program, self.args, self.kwargs, self.structure.subsample) for _ in range(3)]
+                if any(set(draw) != set(draws[0]) for draw in draws):
+                    return False
+            states = {latent.name: _spots(latent, draws) for latent in latents}
         try:
             together = self._run(states, None)
         except (RuntimeError, ValueError, IndexError, TypeError):
@@ -125,3 +125,13 @@ class LogJoint:
 
     def _batch_dims(self) -> frozenset[int]:
         return frozenset(plate.dim for plate in self.structure.batch)
+
+
+def _spots(latent: Latent, draws: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Three values `[3, *batch_shape, *event]` of a site: its ends and a random one, or those of draws of the program."""
+    if not latent.finite:
+        shape = latent.batch_shape + latent.event_shape
+        return torch.stack([draw[latent.name].value.expand(shape) for draw in draws])
+    codes = torch.randint(latent.cardinality, (3, *latent.batch_shape, latent.components), device=latent.device)
+    codes[0], codes[1] = 0, latent.cardinality - 1
+    return latent.decode(codes)

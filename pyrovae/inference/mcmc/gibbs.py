@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from pyrovae.inference.enumeration import Enumeration
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.mcmc.sweeps import ProgramSweep, TableSweep
 from pyrovae.inference.posterior import Program
+from pyrovae.ops import isolated_rng
 
 
 class Gibbs:
@@ -65,7 +67,7 @@ class Gibbs:
         with torch.no_grad():
             log_joint = LogJoint(model, args, kwargs)
             latents = finite_latents(log_joint.structure, "Gibbs", "MCMC(NUTS(model), ...)")
-            check_broadcasts(log_joint)
+            check_conditionals(log_joint)
             sweep, evaluations = make_sweep(log_joint, self.num_chains, self.max_bytes)
             sweep.start({latent.name: uniform_codes(latent, self.num_chains) for latent in latents})
             for _ in range(self.warmup_steps):
@@ -93,14 +95,47 @@ class Gibbs:
         )
 
 
-def check_broadcasts(log_joint: LogJoint) -> None:
-    """Refuse a program whose conditionals cannot be had for many states at once."""
+def check_conditionals(log_joint: LogJoint) -> None:
+    """Refuse a program whose conditionals cannot be had for many states, or for the rows of a plate, at once.
+
+    Raises:
+        ValueError: if the log joint of a state depends on the other states of a run, or a factor of one row on another row.
+    """
     if not log_joint.broadcasts:
         raise ValueError(
             "expected a program whose log joint at a state does not depend on other states for Gibbs, got one that branches "
             "on a latent's value, mixes rows of the batch, draws hidden noise (dropout) or does not broadcast on the left; "
             "write z.reshape(z.shape[:-2] + (-1,)) and h @ W, or use Importance"
         )
+    latents = log_joint.structure.latents
+    with isolated_rng(0):
+        for plates in {latent.plate_dims for latent in latents} - {frozenset()}:
+            _check_rows(log_joint, latents, plates)
+
+
+def _check_rows(log_joint: LogJoint, latents: Sequence[Latent], plates: frozenset[int]) -> None:
+    """Compare three states: two, and one that takes the latents inside `plates` from either, row by row."""
+    depth = log_joint.structure.plate_depth
+    rows = [log_joint.plate_sizes[dim] if dim in plates else 1 for dim in range(-depth, 0)]
+    second = torch.rand(rows, device=latents[0].device) < 0.5
+    states = {}
+    for latent in latents:
+        first, other = latent.decode(uniform_codes(latent, 2))
+        mixed = other = other if plates <= latent.plate_dims else first
+        if plates <= latent.plate_dims:
+            own = second.reshape(rows[depth - len(latent.batch_shape) :] + [1] * len(latent.event_shape))
+            mixed = torch.where(own, other, first)
+        states[latent.name] = torch.stack((first, other, mixed))
+    for name, term in log_joint.terms(states).items():
+        first, other, mixed = term.table.expand(3, *term.table.shape[1:])
+        expected = torch.where(second, other, first) if plates <= term.plate_dims else first
+        tolerance = torch.finfo(mixed.dtype).eps ** 0.5
+        pairs = [(mixed, expected)] if plates <= term.plate_dims else [(mixed, first), (other, first)]
+        if not all(torch.allclose(*torch.broadcast_tensors(*pair), tolerance, tolerance, equal_nan=True) for pair in pairs):
+            raise ValueError(
+                f"expected the rows of a plate to be independent given what is outside it for Gibbs, got site {name!r} that "
+                "depends on the latents of several rows; put it inside their plate, or use Importance"
+            )
 
 
 def make_sweep(log_joint: LogJoint, chains: int, max_bytes: int) -> tuple[TableSweep | ProgramSweep, int]:

@@ -23,12 +23,16 @@ Codes = dict[str, Tensor]  # {site: [C, *batch_shape, components]}, int64
 class TableSweep:
     """Sweeps on the table of p(x, z), `[rows, states]`.
 
-    Probabilities below e^-700 of a row's largest (e^-80 in float32) count as equal to one another, so that a sweep needs
-    neither logarithms nor exponentials: two look-ups and three flops a bit.
+    Probabilities below e^-700 of a row's largest count as equal to one another, so that a sweep needs neither logarithms
+    nor exponentials: two look-ups and three flops a bit. The table is float64 whatever the program computes in: in float32
+    all states 80 nats below the best would be alike, and chains that start there lost.
 
     Args:
         space: the enumeration of a program with one level, in one chunk.
         chains: number of chains C.
+
+    Raises:
+        ValueError: if log p(x, z) is NaN somewhere, or a row of the data has probability 0.
     """
 
     def __init__(self, space: Enumeration, chains: int) -> None:
@@ -38,11 +42,14 @@ class TableSweep:
         log_joint = add(space.level_tables(space.terms().values(), 0, None))
         log_joint = log_joint.expand((*log_joint.shape[: log_joint.dim() - depth], *plates))
         self.shape = (chains, math.prod(plates))
-        flat = log_joint.reshape(-1, self.shape[1])
+        flat = log_joint.reshape(-1, self.shape[1]).double()
         self.states = len(flat)
-        floor = -700.0 if flat.dtype == torch.float64 else -80.0
+        best = flat.amax(0)  # NaN where one state's is
+        _check_numbers(best)
+        if bool(best.isneginf().any()):
+            raise ValueError("expected data that the program can produce, got a row of probability 0 at every state")
         # A row's states lie together: the likely ones of neighbouring numbers share cache lines.
-        self.table = (flat - flat.amax(0)).clamp_min(floor).exp().T.reshape(-1)
+        self.table = (flat - best).clamp_min(-700.0).exp().T.reshape(-1)
         self.first = torch.arange(0, self.states * self.shape[1], self.states, device=flat.device)
         self.steps = self._steps()
         self.position = self.first.expand(self.shape)  # of each chain and row in the table
@@ -127,6 +134,8 @@ class ProgramSweep:
         """Set the chains to a state."""
         self.codes = {name: value.clone() for name, value in codes.items()}
         self.current = self._terms(self.codes)
+        for term in self.current.values():
+            _check_numbers(term.table)
 
     def sweep(self) -> None:
         """Draw every component of every row and chain once from its conditional."""
@@ -191,8 +200,8 @@ class ProgramSweep:
 
     def _select(self, pick: Tensor, present: Term, proposed: Term, others: int) -> Term:
         """The term of the state that was picked, row by row."""
-        if proposed.table.shape[0] == 1:
-            return proposed
+        if proposed.table.shape[0] < others * self.chains:
+            return proposed  # the same at every state
         table = proposed.table.reshape((others, -1, *proposed.table.shape[1:]))
         result = present.table
         for k in range(others):
@@ -200,7 +209,17 @@ class ProgramSweep:
         return Term(result, present.plate_dims, 0)
 
     def _terms(self, codes: Codes) -> dict[str, Term]:
-        return self.log_joint.terms({latent.name: latent.decode(codes[latent.name]) for latent in self.latents})
+        """Log probabilities by site; −inf as a number so small that differences of impossible states stay numbers."""
+        terms = self.log_joint.terms({latent.name: latent.decode(codes[latent.name]) for latent in self.latents})
+        return {
+            name: Term(term.table.clamp_min(-1e300 if term.table.dtype == torch.float64 else -1e30), term.plate_dims, 0)
+            for name, term in terms.items()
+        }
+
+
+def _check_numbers(log_joint: Tensor) -> None:
+    if bool(log_joint.isnan().any()):
+        raise ValueError("expected log p(x, z) to be a number at every state, got NaN; look at the parameters and the data")
 
 
 def code_dtype(latent: Latent) -> torch.dtype:
