@@ -514,23 +514,23 @@ def concatenates_with_expanded_data():
 
 @case
 def global_and_concatenated_locals():
-    w = leaf(4, 2)
+    w = leaf(3, 2)
 
     def model(x):
         g = pyro.sample("g", dist.Bernoulli(0.4))
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Bernoulli(torch.full((2,), 0.3)).to_event(1))
-            b = pyro.sample("b", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            b = pyro.sample("b", dist.Bernoulli(logits=torch.zeros(1)).to_event(1))
             both = torch.cat([a, b], -1) @ w
             pyro.sample("x", dist.Normal(both * g.unsqueeze(-1), 1.0).to_event(1), obs=x)
 
     return Case(
         model,
         (torch.randn(2, 2),),
-        {"g": bits(), "a": bits(2), "b": bits(2)},
+        {"g": bits(), "a": bits(2), "b": bits(1)},
         (),
         parameters=[w],
-        f=lambda s: s["g"].unsqueeze(-1) * s["a"][..., 0] * s["b"][..., 1],
+        f=lambda s: s["g"].unsqueeze(-1) * s["a"][..., 0] * s["b"][..., 0],
     )
 
 
@@ -627,16 +627,16 @@ def markov_chain_of_scalar_sites():
 
 @case
 def many_scalar_bits():
-    w = leaf(7, 3)
+    w = leaf(6, 2)
 
     def model(x):
         with pyro.plate("data", len(x)):
-            z = [pyro.sample(f"z{i}", dist.Bernoulli(0.2 + 0.1 * i)) for i in range(7)]
-            drive = sum(z[i].unsqueeze(-1) * w[i] for i in range(7))
+            z = [pyro.sample(f"z{i}", dist.Bernoulli(0.2 + 0.1 * i)) for i in range(6)]
+            drive = sum(z[i].unsqueeze(-1) * w[i] for i in range(6))
             pyro.sample("x", dist.Bernoulli(logits=drive).to_event(1), obs=x)
 
     return Case(
-        model, (binary(2, 3),), {f"z{i}": bits() for i in range(7)}, parameters=[w], f=lambda s: s["z0"] * s["z6"] + s["z3"]
+        model, (binary(2, 2),), {f"z{i}": bits() for i in range(6)}, parameters=[w], f=lambda s: s["z0"] * s["z5"] + s["z3"]
     )
 
 

@@ -74,7 +74,8 @@ class Module(PyroModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Module:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(dict(self.__getstate__()), memo))
+        state: Any = self.__getstate__()
+        new.__dict__.update(copy.deepcopy(dict(state), memo))
         name = _unique_name(type(self))
         for path, module in new.named_modules():
             if isinstance(module, PyroModule):

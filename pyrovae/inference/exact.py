@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.handlers.structure import Latent, frozen_leaves
-from pyrovae.inference.elimination import Reduce, Term, add, amax, gather, logsumexp
+from pyrovae.inference.elimination import Reduce, Term, add, amax, elimination_numel, gather, logsumexp
 from pyrovae.inference.enumeration import Axis, Enumeration
 from pyrovae.inference.posterior import Program, States, code_marginals
 from pyrovae.inference.tabulated import TabulatedPosterior, weighted_sum
@@ -299,7 +299,7 @@ class Solution:
             total = space.finish(message, [*self.terms(space.chunks[0]).values(), *probes])
             upstream, *above = torch.autograd.grad(total.sum(), [message.table, *(probe.table for probe in probes)])
         first = dict(zip(outer, above, strict=True))
-        for chunk in space.chunks:
+        for chunk in self._fitting(inner.values()):
             with torch.enable_grad():
                 probes = [self._zeros(clique, chunk) for clique in inner.values()]
                 part = space.message([*self.terms(chunk).values(), *probes], self.level).table.expand(shape)
@@ -307,6 +307,28 @@ class Solution:
                 found = torch.autograd.grad(part, [probe.table for probe in probes], flow)
             yield chunk, first | dict(zip(inner, found, strict=True))
             first = {}
+
+    def _fitting(self, cliques: Collection[Clique]) -> list[slice]:
+        """Slices of the chunked axis so small that the weights of some cliques, and the sums that make them, fit."""
+        space, size = self.space, self.space.chunk_size
+
+        def bytes_at(size: int) -> int:
+            axes = {axis.dim: size if axis is space.chunk_axis else axis.size for axis in space.axes}
+            sizes = axes | space.plate_sizes
+            made: list[list[int]] = []
+            below: list[list[int]] = []
+            for level in range(len(space.levels) - 1, self.level - 1, -1):
+                wanted = [c.axes | c.plate_dims for c in cliques if c.level == level]
+                weights = [[sizes[d] if d in dims else 1 for d in range(-space.ndim, 0)] for dims in wanted]
+                terms = [space._scaled(shape.table, axes) for shape in space.shapes.values() if shape.level == level]
+                below = elimination_numel(terms + weights + below, [axis.dim for axis in space.level_axes(level)])
+                made += weights + below
+                below = below[-1:]
+            return 3 * self.message.table.element_size() * sum(map(math.prod, made))
+
+        while size > 1 and bytes_at(size) > space.max_bytes:
+            size = (size + 1) // 2
+        return [slice(i, min(i + size, space.chunk_axis.size)) for i in range(0, space.chunk_axis.size, size)]
 
     def joint(self, level: int, states: int | None = None) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
         """The joint posterior of all axes down to `level`, flattened to S states, piece by piece.
@@ -459,7 +481,7 @@ class _Choice:
         self.n, self.plates, self.greedy = n, plates, greedy
         self.below = like.new_zeros((n, *plates))
         self.best = like.new_full((n, *plates), -math.inf)
-        self.uniform = torch.rand((n, *plates), dtype=like.dtype, device=like.device)
+        self.uniform = self.below if greedy else torch.rand((n, *plates), dtype=like.dtype, device=like.device)
         self.chosen: list[Tensor] = []
 
     def offer(self, log_p: Tensor, sizes: list[int], offsets: list[int], inside: Tensor | None) -> None:

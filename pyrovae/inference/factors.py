@@ -133,20 +133,18 @@ def site_factor(site: Site, ndim: int, *, plain: bool = False) -> Factor:
 
 
 def _bernoulli(fn: Any, value: Tensor, events: int) -> Bilinear:
-    logits = _thin(fn.__dict__["logits"], events) if "logits" in fn.__dict__ else None
-    if logits is None:
-        logits = probs_to_logits(_thin(fn.probs, events), is_binary=True)
+    logits = _thin_logits(fn, events, is_binary=True)
     return Bilinear(logits, value, F.softplus(logits, threshold=40), 0.0)
 
 
 def _categorical(fn: Any, value: Tensor, events: int) -> Bilinear:
-    logits = _categorical_logits(fn, events)
+    logits = _thin_logits(fn, events + 1)
     one_hot = F.one_hot(value.long(), logits.shape[-1]).to(logits.dtype)
     return Bilinear(logits, one_hot, logits.new_zeros(()), 0.0)
 
 
 def _one_hot(fn: Any, value: Tensor, events: int) -> Bilinear:
-    logits = _categorical_logits(fn._categorical, events)
+    logits = _thin_logits(fn._categorical, events + 1)
     return Bilinear(logits, value.to(logits.dtype), logits.new_zeros(()), 0.0)
 
 
@@ -248,10 +246,11 @@ def _thin(parameter: Tensor, events: int) -> Tensor:
     return root.as_strided(size, strides, parameter.storage_offset())
 
 
-def _categorical_logits(fn: Any, events: int) -> Tensor:
-    if "logits" in fn.__dict__:
-        return _thin(fn.__dict__["logits"], events + 1)
-    return probs_to_logits(_thin(fn.probs, events + 1))
+def _thin_logits(fn: Any, events: int, *, is_binary: bool = False) -> Tensor:
+    """Logits from whichever of a distribution's `logits` and `probs` repeats more: a cached one may have lost its strides."""
+    thin = {name: _thin(fn.__dict__[name], events) for name in ("logits", "probs") if name in fn.__dict__}
+    name = min(thin, key=lambda name: thin[name].numel())
+    return thin[name] if name == "logits" else probs_to_logits(thin[name], is_binary=is_binary)
 
 
 def _thin_fn(fn: Any, *, plain: bool) -> Any:
@@ -268,7 +267,7 @@ def _thin_fn(fn: Any, *, plain: bool) -> Any:
 def _thin_fn_base(fn: Any, events: int) -> Any | None:
     names = [name for name in getattr(fn, "arg_constraints", {}) if name in fn.__dict__]
     both = {"probs", "logits"} <= set(fn.arg_constraints) if isinstance(fn.arg_constraints, dict) else False
-    if type(fn).__module__ != "pyro.distributions.torch" or not names or fn.event_shape:
+    if type(fn).__module__ != "pyro.distributions.torch" or not names or fn.event_shape or hasattr(fn, "_lims"):
         return None
     if len(names) < len(fn.arg_constraints) - both:
         return None
