@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # brute_force and programs, shared by the tests of several parts
+torch.set_num_threads(1)  # tensors here are tiny, and threads that wait for one another take three times as long
 
 
 def _global_state():
