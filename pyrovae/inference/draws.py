@@ -84,7 +84,14 @@ class DrawsPosterior(Posterior):
         return mean, dot(weights**2, (value.detach() - mean.detach()) ** 2).sum(0).sqrt()
 
     def expected_log_joint(self, model: Program) -> Tensor:
-        """The (weighted) mean of log p(x, z) under `model`, `[batch]`; one evaluation a draw."""
+        """The (weighted) mean of log p(x, z) under `model`, `[batch]`; one evaluation a draw.
+
+        Raises:
+            ValueError: if the kernel summed discrete sites out, so that there are no draws of them.
+        """
+        absent = [s.name for s in self.log_joint.structure.latents if s.name not in self.codes and s.name not in self.values]
+        if absent:
+            raise ValueError(f"expected draws of every latent site, got none of {absent[0]!r}, which the kernel summed out")
         total: Tensor | None = None
         for piece in self._pieces():
             value = self.log_joint(self._at(piece), model)  # [k, batch]

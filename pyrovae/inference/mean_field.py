@@ -20,6 +20,8 @@ from pyrovae.inference.tabulated import TabulatedPosterior
 
 Components = list[Tensor]  # log q of each component of an axis, [K, plates]
 
+_INSTEAD = "for mean field without a table use Variational(LocalMeanField(model, num_data), num_guide_steps=...)"
+
 
 class MeanField:
     """The best factorised q(z) that coordinate ascent finds, of several random starts, per datum.
@@ -66,12 +68,17 @@ class MeanField:
         """
         begin = time.perf_counter()
         with torch.no_grad():
-            space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="MeanField")
+            try:
+                space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="MeanField")
+            except ValueError as error:
+                if "bytes" in str(error):
+                    raise ValueError(f"{error}; {_INSTEAD}") from error
+                raise
             if len(space.chunks) > 1:
                 raise ValueError(
                     f"expected the table of the joint to fit in max_bytes={self.max_bytes:,} for MeanField, got "
                     f"{space.num_evaluations:,} entries ({8 * space.num_evaluations:,} bytes); raise max_bytes, pass fewer "
-                    "rows, or use Variational(LocalMeanField(model, num_data), num_guide_steps=...)"
+                    f"rows; {_INSTEAD}"
                 )
             ascent = _Ascent(space)
             best: list[Components] | None = None
@@ -147,7 +154,7 @@ class MeanFieldPosterior(TabulatedPosterior):
         tables = {axis.dim: _table(space, axis, q).exp() for axis, q in zip(space.axes, self.components, strict=True)}
         for name, shape in space.shapes.items():
             sizes = [space.plate_sizes[d] if d in shape.plate_dims else 1 for d in range(-space.structure.plate_depth, 0)]
-            product = torch.ones((1,) * (space.ndim - len(sizes)) + tuple(sizes), device=self.components[0][0].device)
+            product = self.components[0][0].new_ones((1,) * (space.ndim - len(sizes)) + tuple(sizes))
             for dim in shape.axes:
                 product = product * tables[dim]
             weights[name] = product
@@ -177,16 +184,16 @@ class _Ascent:
 
     def __init__(self, space: Enumeration) -> None:
         self.space = space
-        # A state of probability 0 must not meet a weight of 0 as 0 x −inf.
+        # Finite, since a state of probability 0 and a weight of 0 must not meet as 0 x −inf: log q then falls so low that
+        # its weight is 0 to all digits.
         self.terms = {
             name: Term(term.table.clamp_min(-1e300 if term.table.dtype == torch.float64 else -1e30), term.plate_dims, 0)
             for name, term in space.terms().items()
         }
         self.cardinalities = [[s.cardinality for s in axis.sites for _ in range(s.components)] for axis in space.axes]
         self.q: list[Components] = []
-        like = next(iter(self.terms.values())).table
         self.plates = [_plates(space, axis) for axis in space.axes]
-        self.like = like
+        self.like = next(iter(self.terms.values())).table
 
     def start(self) -> None:
         """A random q."""
@@ -208,7 +215,7 @@ class _Ascent:
             for j, table in enumerate(suffixes):
                 for p in q[:j]:  # and the earlier, already updated, ones
                     table = (table.reshape(len(p), -1, gain.shape[1]) * p.unsqueeze(1)).sum(0)
-                log_q = torch.log_softmax(table, 0).clamp_min(-700.0 if table.dtype == torch.float64 else -80.0)
+                log_q = torch.log_softmax(table, 0)
                 q[j] = log_q.exp()
                 self.q[number][j] = log_q.reshape((-1, *plates))
         self.q = [list(components) for components in self.q]

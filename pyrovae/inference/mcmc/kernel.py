@@ -56,13 +56,25 @@ class GibbsKernel(MCMCKernel):
 
     @property
     def initial_params(self) -> dict[str, Tensor]:
-        """Where the chain starts: as set, else uniform over the states."""
+        """Where the chain starts: as set, else uniform over the states.
+
+        Raises:
+            ValueError: if a site of what was set is missing, or has another shape.
+        """
+        if self._log_joint is None:
+            return self._initial or {}
+        latents = self._log_joint.structure.latents
         if self._initial is None:
-            assert self._log_joint is not None
-            self._initial = {
-                latent.name: latent.decode(uniform_codes(latent, 1)[0]).to(torch.get_default_dtype())
-                for latent in self._log_joint.structure.latents
-            }
+            dtype = torch.get_default_dtype()
+            self._initial = {s.name: s.decode(uniform_codes(s, 1)[0]).to(dtype) for s in latents}
+        for latent in latents:
+            expected = tuple(latent.batch_shape + latent.event_shape)
+            value = self._initial.get(latent.name)
+            if value is None or tuple(value.shape) != expected:
+                raise ValueError(
+                    f"expected initial_params with every latent site, of {latent.name!r} with shape {expected}, got "
+                    f"{'none' if value is None else tuple(value.shape)}"
+                )
         return self._initial
 
     @initial_params.setter

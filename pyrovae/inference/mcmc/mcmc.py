@@ -78,7 +78,7 @@ class MCMC:
                 run = pyro.infer.mcmc.MCMC(kernel, self.num_samples, warmup_steps=self.warmup_steps, disable_progbar=True)
                 run.run(*args, **kwargs)
             chains.append(run.get_samples())
-            divergences += sum(len(found) for found in run.diagnostics().get("divergences", {}).values())
+            divergences += sum(len(chain.get("divergences", ())) for chain in run._diagnostics)
         sites = chains[0]
         structure = log_joint.structure
         structure = dataclasses.replace(structure, latents=tuple(s for s in structure.latents if s.name in sites))
