@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyrovae.handlers.relax import innermost
 from pyrovae.handlers.structure import Latent, Plate, Site, read_structure, run_sites
+from pyrovae.ops import isolated_rng
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def _own_example(model: Callable[..., Any], guide: str) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _sites(model: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Site]:
-    return run_sites(model, args, {}, {}, {})
+    with isolated_rng():
+        return run_sites(model, args, {}, {}, {})
 
 
 def _is_data(site: Site) -> bool:

@@ -66,7 +66,7 @@ def own_params(program: Callable[..., Any], leaves: dict[str, Tensor] | None = N
 
 
 class Module(PyroModule):
-    """A `PyroModule` with a process-unique name, renewed by `deepcopy`."""
+    """A `PyroModule` with a process-unique name, renewed by `deepcopy` and by unpickling."""
 
     def __init__(self) -> None:
         super().__init__(_unique_name(type(self)))
@@ -76,12 +76,19 @@ class Module(PyroModule):
         memo[id(self)] = new
         state: Any = self.__getstate__()
         new.__dict__.update(copy.deepcopy(dict(state), memo))
+        new._take_new_name()
+        return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._take_new_name()
+
+    def _take_new_name(self) -> None:
         name = _unique_name(type(self))
-        for path, module in new.named_modules():
+        for path, module in self.named_modules():
             if isinstance(module, PyroModule):
                 module._pyro_name = f"{name}.{path}" if path else name
-                module._pyro_context = new._pyro_context
-        return new
+                module._pyro_context = self._pyro_context
 
 
 class _OwnParams(Messenger):
@@ -109,6 +116,8 @@ def _pyro_params_of(program: Callable[..., Any]) -> Iterator[None]:
 
     `PyroParam` attributes go through the store without a message, so that a handler alone cannot answer them.
     """
+    while not isinstance(program, nn.Module) and hasattr(program, "program"):
+        program = program.program  # what `relax` and the like have wrapped
     lent = {
         ".".join(filter(None, (getattr(program, "_pyro_name", ""), path, name))): (
             getattr(module, name + "_unconstrained"),

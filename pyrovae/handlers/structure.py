@@ -222,9 +222,10 @@ def run_sites(
 ) -> dict[str, Site]:
     """Run a program, unvalidated, with its latents set to `values`; the sites by name, in order.
 
-    A value may have any dims left of its plates, and size 1 along them. Costs one run of the program.
+    A value may have any dims left of its plates, and size 1 along them. Costs one run of the program, whose hidden draws
+    (dropout), if any, advance the caller's random state: isolate it around several runs.
     """
-    with pyro.validation_enabled(is_validate=False), isolated_rng():
+    with pyro.validation_enabled(is_validate=False):
         return _record(program, args, kwargs, values, subsample, {})[0]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyrovae.handlers.structure import Latent, Site, Structure, finite_latents, read_structure, run_sites
-from pyrovae.inference.elimination import Reduce, Term, add, eliminate, elimination_numel, gather, logsumexp, sum_plates
+from pyrovae.handlers.structure import Latent, Structure, finite_latents, read_structure, run_sites
+from pyrovae.inference.elimination import Reduce, Term, add, eliminate, elimination_numel, logsumexp, sum_plates
 from pyrovae.inference.factors import Factor, site_factor
+from pyrovae.inference.spot_check import INSTEAD, Mismatch, Refusal, SiteShape, SpotCheck
 from pyrovae.ops import codes_to_index, index_to_codes, isolated_rng
 
 _MAX_DIMS = 64  # of a torch tensor
-_SPOT_AXES = 4  # how many axes a run of the spot check varies at once, three values each
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,6 @@ class Axis:
             index = index * site.num_states + codes_to_index(codes[site.name], site.cardinality)
         assert isinstance(index, Tensor)
         return index
-
-
-@dataclass(frozen=True)
-class SiteShape:
-    """What the spot check learned of a site's factor: the axes it varies along, its level, its sizes."""
-
-    axes: frozenset[int]
-    plate_dims: frozenset[int]
-    level: int
-    tables: tuple[tuple[int, ...], ...]  # shapes, with spot sizes in the axes, of all that its evaluation makes
-    itemsize: int
-
-    @property
-    def table(self) -> tuple[int, ...]:
-        """The shape of the factor's own table."""
-        return self.tables[0]
 
 
 class Enumeration:
@@ -110,7 +94,8 @@ class Enumeration:
         self.shapes: dict[str, SiteShape] = {}
         latents = finite_latents(self.structure, method, "Variational, Importance or MCMC(NUTS(model), ...)")
         self.levels = _nested_levels(self.structure, latents, method)
-        self._lay_out(latents, (max_bytes, max_evaluations) if states is None else None)
+        with isolated_rng():
+            self._lay_out(latents, (max_bytes, max_evaluations) if states is None else None)
         if states is not None:
             self._restrict(latents, states)
 
@@ -138,8 +123,9 @@ class Enumeration:
         values = {}
         for axis in self.axes:
             part = chunk if chunk is not None and axis is self.chunk_axis else slice(0, axis.size)
-            values.update(self._values(axis, axis.site_codes(torch.arange(part.start, part.stop, device=self._device))))
-        sites = run_sites(program or self.program, self.args, self.kwargs, values, self.structure.subsample)
+            values.update(self.values(axis, axis.site_codes(torch.arange(part.start, part.stop, device=self.device))))
+        with isolated_rng():
+            sites = run_sites(program or self.program, self.args, self.kwargs, values, self.structure.subsample)
         return {name: site_factor(site, self.ndim, plain=self.plain) for name, site in sites.items()}
 
     def terms(self, chunk: slice | None = None, program: Callable[..., Any] | None = None) -> dict[str, Term]:
@@ -200,7 +186,7 @@ class Enumeration:
         if name not in self.shapes:
             raise ValueError(
                 f"expected the same sites at every value of the latents, got {name!r} at some only; {self.method} needs "
-                f"a program without branches on latent values, {_INSTEAD}"
+                f"a program without branches on latent values, {INSTEAD}"
             )
         return self.shapes[name]
 
@@ -208,7 +194,7 @@ class Enumeration:
 
     def _lay_out(self, latents: Sequence[Latent], plan: tuple[int, int] | None) -> None:
         """Choose the first layout in which the program runs, agrees with single states, and fits in memory."""
-        self._device = latents[0].device
+        self.device = latents[0].device
         self.plate_sizes = {plate.dim: plate.size for plate in self.structure.plates}
         problem: Exception | None = None
         for joint, expand in ((False, False), (True, False), (True, True)):
@@ -226,10 +212,10 @@ class Enumeration:
                 )
                 continue
             try:
-                self._check_spots()
+                self.shapes, self.scale = SpotCheck(self).run()
                 if plan is not None:
                     self.chunk_axis, self.chunk_size = self._plan(*plan)
-            except _Refusal:
+            except Refusal:
                 raise
             except _TooLarge as error:
                 problem = error
@@ -241,7 +227,7 @@ class Enumeration:
                 continue
             return
         assert problem is not None
-        if isinstance(problem, (_Mismatch, _TooLarge)):
+        if isinstance(problem, (Mismatch, _TooLarge)):
             raise ValueError(str(problem)) from None
         raise ValueError(
             f"expected tensor code that broadcasts on the left for {self.method}, got {type(problem).__name__}: "
@@ -274,7 +260,7 @@ class Enumeration:
             for k, group in enumerate(groups)
         ]
 
-    def _values(self, axis: Axis, codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def values(self, axis: Axis, codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values of an axis's sites with its states at its dim: `[S, 1, …, 1, *event]`."""
         found = {}
         for site in axis.sites:
@@ -287,115 +273,6 @@ class Enumeration:
                 value = value.expand((size, *plates, *site.event_shape))
             found[site.name] = value
         return found
-
-    # ---- the spot check ---------------------------------------------------------------------------------------------
-
-    def _check_spots(self) -> None:
-        """Learn the shapes of all sites from joint states run together, and compare these with states run alone."""
-        self.shapes = {}
-        with isolated_rng(0):
-            spots = {site.name: self._spot_codes(site) for site in self.structure.latents}
-        for first in range(0, len(self.axes), _SPOT_AXES):
-            active = self.axes[first : first + _SPOT_AXES]
-            values: dict[str, Tensor] = {}
-            for axis in self.axes:
-                values.update(self._values(axis, spots if axis in active else {n: c[2:] for n, c in spots.items()}))
-            sites = run_sites(self.program, self.args, self.kwargs, values, self.structure.subsample)
-            self.scale = _common_scale({name: site.user_scale for name, site in sites.items()}, self.method)
-            tables = {name: self._learn_shape(site) for name, site in sites.items()}
-            for pick in self._picks():
-                picks = {
-                    axis.dim: pick[axis.level] if axis in active else torch.full_like(pick[axis.level], 2) for axis in self.axes
-                }
-                single = self._run_alone(spots, picks)
-                self._compare(tables, single, {axis.dim: picks[axis.dim] * (axis in active) for axis in self.axes})
-        for name, shape in self.shapes.items():
-            self.shapes[name] = self._settle(shape)
-
-    def _spot_codes(self, site: Latent) -> Tensor:
-        """Codes `[3, components]` of a site's first value, its last and a random one."""
-        ends = torch.tensor([[0], [site.cardinality - 1]]).expand(2, site.components)
-        return torch.cat([ends, torch.randint(site.cardinality, (1, site.components))]).to(self._device)
-
-    def _picks(self) -> Iterator[list[Tensor]]:
-        """Which spot value each level takes, `[*plates]`: all the first, all the last, and one that differs between rows."""
-        wide = [
-            [self.plate_sizes[d] if d in plates else 1 for d in range(-self.structure.plate_depth, 0)] for plates in self.levels
-        ]
-        for k in range(2):
-            yield [torch.full(shape, k, device=self._device) for shape in wide]
-        yield [(torch.arange(math.prod(shape), device=self._device).reshape(shape) + 2) % 3 for shape in wide]
-
-    def _run_alone(self, spots: Mapping[str, Tensor], picks: Mapping[int, Tensor]) -> dict[str, Site]:
-        """Run at one joint state of every row, with the shapes of an ordinary run."""
-        values = {}
-        for axis in self.axes:
-            for latent in axis.sites:
-                values[latent.name] = latent.decode(spots[latent.name][picks[axis.dim].reshape(latent.batch_shape)])
-        return run_sites(self.program, self.args, self.kwargs, values, self.structure.subsample)
-
-    def _learn_shape(self, site: Site) -> Tensor:
-        """Widen what is known of a site's shape by one run; its table there."""
-        factor = site_factor(site, self.ndim, plain=self.plain)
-        table = factor.table()
-        for dim in range(-self.structure.plate_depth, 0):
-            if table.shape[dim] > 1 and dim not in site.plate_dims:
-                raise _Mismatch(
-                    f"expected site {site.name!r} to vary only along its own plates, got {table.shape[dim]} values along dim "
-                    f"{dim}; sum over a plate with keepdim=True and only of observed values, keep sites of a plate inside "
-                    f"it, and write tensor code that broadcasts on the left, {_INSTEAD}"
-                )
-        for axis in self.axes:
-            if table.shape[axis.dim] > 1 and not self.levels[axis.level] <= site.plate_dims:
-                raise _Refusal(self._outside(site.name, site.plate_dims, axis.sites[0]))
-        tables: list[tuple[int, ...]] = [tuple(table.shape)]
-        if factor.bilinear is not None:
-            tables += [tuple(factor.bilinear.eta.shape), tuple(factor.bilinear.statistic.shape)]
-        else:
-            tables += [(*table.shape, max(1, math.prod(site.fn.event_shape)))] * 2
-        known = self.shapes.get(site.name)
-        if known is not None:
-            tables = [tuple(map(max, a, b)) for a, b in zip(tables, known.tables, strict=True)]
-        itemsize = table.element_size()
-        self.shapes[site.name] = SiteShape(frozenset(), site.plate_dims, -1, tuple(tables), itemsize)
-        return table
-
-    def _settle(self, shape: SiteShape) -> SiteShape:
-        """The axes and the level of a site, from all that was learned of its shape."""
-        axes = [axis for axis in self.axes if shape.table[axis.dim] > 1]
-        inside = [k for k, plates in enumerate(self.levels) if plates <= shape.plate_dims]
-        home = max([axis.level for axis in axes] or inside, default=-1)
-        return replace(shape, axes=frozenset(axis.dim for axis in axes), level=home)
-
-    def _outside(self, name: str, plate_dims: frozenset[int], latent: Latent) -> str:
-        missing = sorted(plate.name for plate in latent.plates if plate.dim not in plate_dims)
-        return (
-            f"expected site {name!r} inside the plate {missing[0]!r} of the latent {latent.name!r} that it depends on, "
-            f"got it outside; if it joins all rows of that plate, make the latent a vector with .to_event(1) instead"
-        )
-
-    def _compare(self, tables: Mapping[str, Tensor], single: Mapping[str, Site], picks: Mapping[int, Tensor]) -> None:
-        """Refuse the program if a site's table, at the picked states, differs from the site of a single run."""
-        depth = self.structure.plate_depth
-        if set(single) != set(tables):
-            odd = sorted(set(single) ^ set(tables))[0]
-            raise _Mismatch(
-                f"expected the same sites at every value of the latents, got {odd!r} at some only; {self.method} "
-                f"needs a program without branches on latent values, {_INSTEAD}"
-            )
-        for name, site in single.items():
-            reference = site_factor(site, depth, plain=True).table()
-            table = gather(tables[name].unsqueeze(0), {dim: pick.unsqueeze(0) for dim, pick in picks.items()}, depth)[0, 0]
-            tolerance = torch.finfo(table.dtype).eps ** 0.5
-            finite = torch.isfinite(reference) & torch.isfinite(table)
-            gap = torch.where(finite, (table - reference).abs(), (table != reference).to(table.dtype))
-            if bool((gap > tolerance * (1 + torch.where(finite, reference.abs(), 0.0))).any()):
-                raise _Mismatch(
-                    f"expected log p of site {name!r} to be the same for a joint state evaluated alone and among "
-                    f"others, got a difference of {float(gap.max()):.3g}; the program branches on a latent's value, "
-                    f"mixes rows of the batch or draws hidden noise (dropout), so that {self.method} would be "
-                    f"silently wrong; remove this, {_INSTEAD}"
-                )
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
@@ -451,19 +328,8 @@ class Enumeration:
         return full + event
 
 
-_INSTEAD = "or use Importance or Variational, which run it one joint state at a time"
-
-
-class _Mismatch(ValueError):
-    """A joint state has one log probability alone and another among others."""
-
-
 class _TooLarge(ValueError):
     """A layout whose tables do not fit."""
-
-
-class _Refusal(ValueError):
-    """A program that no layout can serve."""
 
 
 def _nested_levels(structure: Structure, latents: Sequence[Latent], method: str) -> list[frozenset[int]]:
@@ -490,15 +356,3 @@ def _nested_levels(structure: Structure, latents: Sequence[Latent], method: str)
                 f"{plate.size} of {plate.full_size} rows; {method} cannot scale a subsample inside a sum, pass all rows"
             )
     return levels
-
-
-def _common_scale(scales: Mapping[str, Any], method: str) -> Any:
-    (first, reference), *others = scales.items()
-    for name, scale in others:
-        a, b = torch.as_tensor(scale, dtype=torch.double), torch.as_tensor(reference, dtype=torch.double)
-        if a.shape != b.shape or not torch.allclose(a, b):
-            raise _Refusal(
-                f"expected one poutine.scale for all sites, got different ones at {first!r} and {name!r}; then no "
-                f"posterior exists whose evidence {method} could return, scale all sites alike or none"
-            )
-    return reference

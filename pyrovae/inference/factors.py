@@ -193,7 +193,7 @@ def _thin_family(fn: Any, value: Tensor, ndim: int) -> Bilinear | None:
         log_normalizer = log_normalizer.sum(summed) if events else log_normalizer
     if isinstance(log_base, Tensor):
         log_base = _pad(log_base.sum(summed) if events else log_base, ndim)
-    if not bool(torch.isfinite(eta.detach()).all()):
+    if not math.isfinite(float(eta.detach().sum())):  # a sum is finite only where every term is
         return None
     return Bilinear(eta, statistic, _pad(log_normalizer, ndim), log_base)
 

@@ -91,7 +91,8 @@ class LogJoint:
             values[latent.name] = value.reshape(value.shape[:1] + wide + latent.batch_shape + latent.event_shape)
             if value.shape[0] == 1:
                 values[latent.name] = value.reshape(latent.batch_shape + latent.event_shape)
-        sites = run_sites(program or self.program, self.args, self.kwargs, values, self.structure.subsample)
+        with isolated_rng():
+            sites = run_sites(program or self.program, self.args, self.kwargs, values, self.structure.subsample)
         factors = [site_factor(site, depth + 1) for site in sites.values()]
         return {factor.name: Term(factor.table(), factor.plate_dims, 0) for factor in factors}
 

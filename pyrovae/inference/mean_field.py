@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pyrovae.inference.elimination import Term, add, sum_plates
 from pyrovae.inference.enumeration import Axis, Enumeration
-from pyrovae.inference.exact import ExactPosterior, Solution
+from pyrovae.inference.exact import ExactPosterior
 from pyrovae.inference.posterior import Program, States
+from pyrovae.inference.solution import Solution
 from pyrovae.inference.tabulated import TabulatedPosterior
 
 Components = list[Tensor]  # log q of each component of an axis, [K, plates]

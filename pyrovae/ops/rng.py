@@ -17,15 +17,21 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: seeds the three generators inside the block; None continues from the caller's state.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            if seed is not None:
-                torch.manual_seed(seed)
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    on_cuda = torch.cuda.is_initialized()
+    cpu, cuda = torch.default_generator.get_state(), torch.cuda.get_rng_state_all() if on_cuda else []
+    python, legacy_numpy = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
+    numpy = legacy_numpy.state
+    try:
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if on_cuda:
+                torch.cuda.manual_seed_all(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+        yield
+    finally:
+        torch.default_generator.set_state(cpu)
+        if on_cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        random.setstate(python)
+        legacy_numpy.state = numpy

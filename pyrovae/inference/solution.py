@@ -1,0 +1,303 @@
+"""Sums over the tables of an enumeration: probabilities of cliques, joint probabilities, draws, modes.
+
+The one engine behind every question to a posterior whose joint states can be listed. Levels are answered from the outermost
+inwards, each given what was chosen or summed outside; the chunked axis is walked piece by piece.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.handlers.structure import frozen_leaves
+from pyrovae.inference.elimination import Reduce, Term, add, amax, elimination_numel, gather, logsumexp
+from pyrovae.inference.enumeration import Axis, Enumeration
+
+
+@dataclass(frozen=True)
+class Clique:
+    """Axes and plates whose joint posterior weights are wanted, and the level in which they are summed."""
+
+    axes: frozenset[int]
+    plate_dims: frozenset[int]
+    level: int
+
+
+class Solution:
+    """The tables of an enumeration, held where they fit in memory and computed anew where not, and the sums over them."""
+
+    def __init__(self, space: Enumeration, held: dict[str, Term] | None = None) -> None:
+        self.space = space
+        self.level = space.chunk_axis.level
+        self.held = space.terms() if held is None and len(space.chunks) == 1 else held
+        if self.held is None:
+            self.leaves = {name: leaf.detach().clone() for name, leaf in space.structure.leaves.items()}
+        self.message = self._combine(logsumexp)
+        self.log_evidence = space.finish(self.message, self.terms(space.chunks[0]).values()).clone()
+
+    def terms(self, chunk: slice) -> dict[str, Term]:
+        """The terms of a chunk, with the parameters that the program had when it was inferred."""
+        space = self.space
+        if self.held is None:
+            with torch.no_grad(), frozen_leaves(space.structure.leaves, self.leaves):
+                return space.terms(chunk)
+        if chunk.stop - chunk.start == space.chunk_axis.size:
+            return self.held
+        dim, found = space.chunk_axis.dim, {}
+        for name, term in self.held.items():
+            table = term.table
+            if table.shape[dim] > 1:
+                table = table.narrow(dim, chunk.start, chunk.stop - chunk.start)
+            found[name] = Term(table, term.plate_dims, term.level)
+        return found
+
+    def weights(self, wanted: Mapping[Any, Clique]) -> Iterator[tuple[slice, dict[Any, Tensor]]]:
+        """Posterior probabilities of cliques, as gradients of log p(x) in tables of zeros added to the terms.
+
+        Yields:
+            Each chunk with `[axes, plates]` of every clique; cliques above the chunked level come once, with the first.
+        """
+        space = self.space
+        outer = {name: clique for name, clique in wanted.items() if clique.level < self.level}
+        inner = {name: clique for name, clique in wanted.items() if clique.level >= self.level}
+        lead = self.message.table.shape[: space.ndim - space.structure.plate_depth]
+        shape = lead + self._plate_shape(self.level, native=False)
+        with torch.enable_grad():
+            message = Term(self.message.table.expand(shape).clone().requires_grad_(), self.message.plate_dims, self.level)
+            probes = [self._zeros(clique, None) for clique in outer.values()]
+            total = space.finish(message, [*self.terms(space.chunks[0]).values(), *probes])
+            upstream, *above = torch.autograd.grad(total.sum(), [message.table, *(probe.table for probe in probes)])
+        first = dict(zip(outer, above, strict=True))
+        for chunk in self._fitting(inner.values()):
+            with torch.enable_grad():
+                probes = [self._zeros(clique, chunk) for clique in inner.values()]
+                part = space.message([*self.terms(chunk).values(), *probes], self.level).table.expand(shape)
+                flow = upstream * torch.exp(part.detach() - self.message.table)
+                found = torch.autograd.grad(part, [probe.table for probe in probes], flow)
+            yield chunk, first | dict(zip(inner, found, strict=True))
+            first = {}
+
+    def _fitting(self, cliques: Collection[Clique]) -> list[slice]:
+        """Slices of the chunked axis so small that the weights of some cliques, and the sums that make them, fit."""
+        space, size = self.space, self.space.chunk_size
+
+        def bytes_at(size: int) -> int:
+            axes = {axis.dim: size if axis is space.chunk_axis else axis.size for axis in space.axes}
+            sizes = axes | space.plate_sizes
+            made: list[list[int]] = []
+            below: list[list[int]] = []
+            for level in range(len(space.levels) - 1, self.level - 1, -1):
+                wanted = [c.axes | c.plate_dims for c in cliques if c.level == level]
+                weights = [[sizes[d] if d in dims else 1 for d in range(-space.ndim, 0)] for dims in wanted]
+                terms = [space._scaled(shape.table, axes) for shape in space.shapes.values() if shape.level == level]
+                below = elimination_numel(terms + weights + below, [axis.dim for axis in space.level_axes(level)])
+                made += weights + below
+                below = below[-1:]
+            return 3 * self.message.table.element_size() * sum(map(math.prod, made))
+
+        while size > 1 and bytes_at(size) > space.max_bytes:
+            size = (size + 1) // 2
+        return [slice(i, min(i + size, space.chunk_axis.size)) for i in range(0, space.chunk_axis.size, size)]
+
+    def joint(self, level: int, states: int | None = None) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
+        """The joint posterior of all axes down to `level`, flattened to S states, piece by piece.
+
+        Args:
+            level: the deepest level to include.
+            states: the number of states of the chunked axis in a piece; by default what memory allows.
+
+        Yields:
+            State numbers of each axis `[S]`, and log posterior probabilities `[S, *plates of that level]`.
+        """
+        space = self.space
+        axes = sorted((axis for axis in space.axes if axis.level <= level), key=lambda axis: axis.dim)
+        plates = self._plate_shape(level)
+        for chunk in self._pieces(axes, math.prod(plates), states):
+            tables, sums = self._ladder(chunk, logsumexp)
+            total = add([table for here in tables[: level + 1] for table in here] + [-s for s in sums[: level + 1]])
+            sizes = [chunk.stop - chunk.start if axis is space.chunk_axis else axis.size for axis in axes]
+            depth = space.structure.plate_depth
+            lead = (1,) * (space.ndim - depth - len(axes))
+            wide = total.expand((*lead, *sizes, *self._plate_shape(level, native=False)))
+            index = torch.unravel_index(torch.arange(math.prod(sizes), device=total.device), tuple(sizes))
+            numbers = {
+                axis.dim: i + (chunk.start if axis is space.chunk_axis else 0) for axis, i in zip(axes, index, strict=True)
+            }
+            yield numbers, wide.reshape((-1, *plates))
+
+    def descend(self, n: int, reduce: Reduce) -> dict[int, Tensor]:
+        """Choose states level by level from the outermost: draws with `logsumexp`, modes with `amax`.
+
+        Returns:
+            State numbers `[n, *plates]` of each axis.
+        """
+        space, index = self.space, dict[int, Tensor]()
+        for level in range(len(space.levels)):
+            choice = _Choice(n, self._plate_shape(level, native=False), reduce is amax, self.message.table)
+            axes = space.level_axes(level)
+            pieces = self._pieces(axes, math.prod(choice.plates) * (n if level else 1), None)
+            for chunk in pieces if space.chunk_axis.level <= level else pieces[:1]:
+                tables, sums = self._ladder(chunk, reduce)
+                total = add(tables[level]) - (sums[level] if reduce is logsumexp else 0.0)
+                sizes = [chunk.stop - chunk.start if axis is space.chunk_axis else axis.size for axis in axes]
+                offsets = [chunk.start if axis is space.chunk_axis else 0 for axis in axes]
+                inside = None
+                if space.chunk_axis.dim in index:
+                    inside = (index[space.chunk_axis.dim] >= chunk.start) & (index[space.chunk_axis.dim] < chunk.stop)
+                picked = self._clamp(total, sizes, index, chunk, choice.plates)  # [S, n or 1, plates]
+                choice.offer(picked, sizes, offsets, inside)
+            index.update({axis.dim: number for axis, number in zip(axes, choice.numbers(), strict=True)})
+        return index
+
+    def log_joint(self, index: Mapping[int, Tensor]) -> Tensor:
+        """Log p(x, z) `[n, batch]` at state numbers `[n, *plates]` of each axis."""
+        space = self.space
+        depth = space.structure.plate_depth
+        n = next(iter(index.values())).shape[0]
+        totals: Tensor | None = None
+        keep = frozenset(plate.dim for plate in space.structure.batch)
+        for chunk in space.chunks:
+            for name, term in self.terms(chunk).items():
+                chunked = self.held is None and space.chunk_axis.dim in space.shapes[name].axes
+                if not chunked and chunk.start > 0:
+                    continue
+                value = gather(term.table.unsqueeze(0), self._local(index, chunk), depth)[0]  # [n, plates]
+                if chunked:
+                    number = index[space.chunk_axis.dim]
+                    value = torch.where((number >= chunk.start) & (number < chunk.stop), value, 0.0)
+                for dim in term.plate_dims - keep:
+                    value = value.sum(dim, keepdim=True) if value.shape[dim] > 1 else value * space.plate_sizes[dim]
+                totals = value if totals is None else totals + value
+        assert totals is not None
+        return space.structure.to_batch(totals.expand((n, *totals.shape[1:])))
+
+    def _combine(self, reduce: Reduce) -> Term:
+        """The message of the chunked level, over all chunks."""
+        space = self.space
+        parts = [space.message(self.terms(c).values(), self.level, reduce).table for c in space.chunks]
+        table = parts[0] if len(parts) == 1 else reduce(torch.stack(parts), 0).squeeze(0)
+        return Term(table, space.levels[self.level], self.level)
+
+    def _ladder(self, chunk: slice, reduce: Reduce) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """For each level its tables and its sum, the chunked level's sum being over all chunks."""
+        space, terms = self.space, list(self.terms(chunk).values())
+        message = self.message if reduce is logsumexp else self._combine(reduce)
+        below: Term | None = None
+        tables: list[list[Tensor]] = []
+        sums: list[Tensor] = []
+        for level in reversed(range(len(space.levels))):
+            tables.insert(0, space.level_tables(terms, level, below))
+            below = (
+                message
+                if level == self.level
+                else space.message(terms, level, reduce)
+                if level > self.level
+                else (space._sweep(terms, range(level, level - 1, -1), below, reduce))
+            )
+            sums.insert(0, below.table)
+        return tables, sums
+
+    def _pieces(self, axes: list[Axis], rows: int, states: int | None) -> list[slice]:
+        """Slices of the chunked axis so that the joint table of some axes fits."""
+        space = self.space
+        if states is None:
+            others = math.prod(axis.size for axis in axes if axis is not space.chunk_axis)
+            states = space.max_bytes // (6 * self.message.table.element_size() * others * max(rows, 1))
+        size = max(1, min(states, space.chunk_size))
+        return [slice(i, min(i + size, space.chunk_axis.size)) for i in range(0, space.chunk_axis.size, size)]
+
+    def _plate_shape(self, level: int, *, native: bool = True) -> tuple[int, ...]:
+        """Sizes of a level's plates; as its sites have them, or over all plate dims."""
+        space = self.space
+        depth = space.structure.plate_depth
+        wide = tuple(space.plate_sizes[dim] if dim in space.levels[level] else 1 for dim in range(-depth, 0))
+        return wide if not native else tuple(space.level_axes(level)[0].sites[0].batch_shape)
+
+    def _zeros(self, clique: Clique, chunk: slice | None) -> Term:
+        space, like = self.space, self.message.table
+        shape = [1] * space.ndim
+        for axis in space.axes:
+            if axis.dim in clique.axes:
+                part = chunk if chunk is not None and axis is space.chunk_axis else slice(0, axis.size)
+                shape[axis.dim] = part.stop - part.start
+        for dim in clique.plate_dims:
+            shape[dim] = space.plate_sizes[dim]
+        return Term(like.new_zeros(shape).requires_grad_(), clique.plate_dims, clique.level)
+
+    def _local(self, index: Mapping[int, Tensor], chunk: slice) -> dict[int, Tensor]:
+        """State numbers counted within a chunk, those outside brought to its edge."""
+        dim = self.space.chunk_axis.dim
+        return {
+            d: (number - chunk.start).clamp(0, chunk.stop - chunk.start - 1) if d == dim else number
+            for d, number in index.items()
+        }
+
+    def _clamp(
+        self, table: Tensor, sizes: list[int], index: Mapping[int, Tensor], chunk: slice, plates: tuple[int, ...]
+    ) -> Tensor:
+        """A level's table at chosen states of the outer levels: `[S, n, *plates]`, n = 1 where nothing is chosen yet."""
+        outer = self.space.ndim - len(plates)
+        chosen = list(table.shape[outer - len(index) : outer])
+        deeper = [1] * (outer - len(index) - len(sizes))
+        flat = table.expand((*deeper, *sizes, *chosen, *plates)).reshape((-1, *chosen, *plates))
+        return gather(flat, self._local(index, chunk), len(plates)) if index else flat.unsqueeze(1)
+
+
+class _Choice:
+    """A choice of one state per draw and row from tables that come piece by piece."""
+
+    def __init__(self, n: int, plates: tuple[int, ...], greedy: bool, like: Tensor) -> None:  # noqa: FBT001
+        self.n, self.plates, self.greedy = n, plates, greedy
+        self.below = like.new_zeros((n, *plates))
+        self.best = like.new_full((n, *plates), -math.inf)
+        self.uniform = self.below if greedy else torch.rand((n, *plates), dtype=like.dtype, device=like.device)
+        self.chosen: list[Tensor] = []
+
+    def offer(self, log_p: Tensor, sizes: list[int], offsets: list[int], inside: Tensor | None) -> None:
+        """Consider S more states with log probabilities `[S, n or 1, *plates]`; `inside` tells which draws they concern."""
+        if self.greedy:
+            value, flat = log_p.max(0)
+            taken = (value > self.best) | (self.best == -math.inf)
+            taken = taken if inside is None else taken & inside
+            self.best = torch.where(taken, value, self.best)
+            flat = flat.expand(self.best.shape)
+        else:
+            cumulative = log_p.exp().cumsum(0)
+            value = (self.uniform - self.below).expand((self.n, *self.plates))
+            rows = cumulative.expand((-1, *torch.broadcast_shapes(cumulative.shape[1:], (1, *self.plates))))
+            if rows.shape[1] == 1:
+                edges = rows.squeeze(1).reshape(rows.shape[0], -1).T.contiguous()  # [rows, S]
+                flat = torch.searchsorted(edges, value.reshape(self.n, -1).T.contiguous(), right=True).T
+            else:
+                edges = rows.reshape(rows.shape[0], -1).T.contiguous()  # [n rows, S]
+                flat = torch.searchsorted(edges, value.reshape(-1, 1), right=True)
+            flat = flat.reshape(value.shape)
+            last = rows.shape[0] - 1
+            possible = rows[-1] > 0
+            taken = (value >= 0) & possible
+            # Rounding may leave the very last uniforms above the total: they keep the last possible state.
+            flat = flat.clamp(max=last)
+            flat = torch.where(value >= rows[-1], _last_possible(rows).expand(value.shape), flat)
+            taken = taken if inside is None else taken & inside
+            step = rows[-1].expand(value.shape)
+            self.below = self.below + (step if inside is None else torch.where(inside, step, 0.0))
+        numbers = [i + o for i, o in zip(torch.unravel_index(flat, tuple(sizes)), offsets, strict=True)]
+        if not self.chosen:
+            self.chosen = numbers
+        else:
+            self.chosen = [torch.where(taken, new, old) for new, old in zip(numbers, self.chosen, strict=True)]
+
+    def numbers(self) -> list[Tensor]:
+        """State numbers `[n, *plates]` of each axis of the level."""
+        return self.chosen
+
+
+def _last_possible(cumulative: Tensor) -> Tensor:
+    """The last state with a positive step, from cumulative probabilities over dim 0."""
+    steps = torch.diff(cumulative, dim=0, prepend=torch.zeros_like(cumulative[:1])) > 0
+    return cumulative.shape[0] - 1 - steps.flip(0).int().argmax(0)
