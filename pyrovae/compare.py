@@ -87,9 +87,11 @@ def compare(
     reference: Posterior | None = None
     done = 0
     with isolated_rng():
-        if inferers:
-            with _untouched(model, None, train):
+        with _untouched(model, None, train):
+            if inferers:
                 reference = _try_exact(exact, model, train)
+            if test is not None:
+                read_structure(model, test, {})  # data that the model refuses are refused now, not after the learning
         for number, seed in enumerate(seeds):
             for name, method in (learners | inferers).items():
                 if progress is not None:
@@ -133,13 +135,14 @@ class Comparison:
             log p(x) of the learned model; `bound`, `own_bound`: what the method itself reports at the end, and what that
             is; `gap`: exact minus own bound; `difference`: exact log p(x), on test data where given, minus that of exact
             learning, paired; `model_evaluations`, `seconds`, `note`. `…_se` are standard errors: over seeds where there are
-            several, else over rows for `difference`.
+            several; else over rows for `difference`, and of the draws for bounds and gaps.
         inference: one row a method, or None. Columns: `method`, `bound`, `log_evidence`, `gap` (exact minus it), `kl`
             (KL(q‖p) where computable), `marginal_error` (the largest over sites and rows), `ess` (the smallest), `rhat` (the
-            largest), `pareto_k` (share of rows above 0.7), `model_evaluations`, `seconds`, `note`.
+            largest), `pareto_k` (share of rows above 0.7), `model_evaluations`, `seconds`, `sampled` (whether expectations are
+            averages over draws), `note`.
         fits: the `Fit` of each learner at the first seed, learned parameters in `.states`.
         runs: the same for all seeds.
-        models: the learned models at the first seed.
+        models: the learned models at the first seed; a plain function stays as it is, its learned parameters are in `fits`.
         posteriors: the posterior of each inference method at the first seed.
         reference: the exact posterior, or None where it does not fit.
         metadata: versions, seeds, sizes and the methods' settings.
@@ -405,17 +408,22 @@ def _untouched(model: Program, method: Method | None, args: tuple[Any, ...]) -> 
     """Put back, afterwards, the store and the parameters that a run could reach through closures."""
     store = pyro.get_param_store()
     state = {key: dict(value) for key, value in store.get_state().items()}
-    programs = [program for program in (model, *_programs(method)) if not isinstance(program, nn.Module)]
-    leaves: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
-    for program in programs:
-        for leaf in read_structure(program, args, {}).leaves.values():
-            leaves[id(leaf)] = (leaf, leaf.detach().clone(), leaf.grad)
+    saved: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def save(leaves: Iterable[Tensor]) -> None:
+        saved.update({id(leaf): (leaf, leaf.detach().clone(), leaf.grad) for leaf in leaves if id(leaf) not in saved})
+
+    save(state["params"].values())
     try:
+        for program in (model, *_programs(method)):
+            if not isinstance(program, nn.Module):
+                save(read_structure(program, args, {}).leaves.values())
         yield
     finally:
-        for leaf, value, gradient in leaves.values():
+        for leaf, value, gradient in saved.values():
             leaf.data.copy_(value)
             leaf.grad = gradient
+        store.clear()  # `set_state` alone keeps what is new
         store.set_state(state)
 
 

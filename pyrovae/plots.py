@@ -170,7 +170,7 @@ def inference_errors(comparison: Comparison, *, dark: bool = False) -> Figure | 
         panel.set_xlim(floor, 2.5 * max(positive, default=1.0))
         for y, (row, value) in enumerate(zip(rows, values, strict=True)):
             if value is None:
-                _say(panel, floor, y, "gives none", look)
+                _say(panel, floor, y, "gives no evidence" if column == "gap" else "gives none", look)
             elif abs(value) <= 1e-9:
                 _say(panel, floor, y, "0: exact" if row["bound"] == "exact" else "0", look, colours[row["method"]])
             elif value < 0:
@@ -207,16 +207,8 @@ def marginals(comparison: Comparison, *, dark: bool = False, most: int = 4000) -
     look = _look(dark=dark)
     wide = min(len(names), 5)
     tall = math.ceil(len(names) / wide)
-    figure, axes = _figure(
-        look,
-        max(4.2, 0.7 + 1.95 * wide),
-        1.75 + 2.05 * tall,
-        wide,
-        tall,
-        left=0.08 if wide > 2 else 0.16,
-        right=0.985,
-        square=True,
-    )
+    width, left = max(4.2, 0.7 + 1.95 * wide), 0.08 if wide > 2 else 0.16
+    figure, axes = _figure(look, width, 1.2, wide, tall, left=left, right=0.985, square=0.6)
     colours = _colours(comparison, look)
     for panel, name in zip(axes, names, strict=False):
         pairs = [
@@ -254,9 +246,7 @@ def samples_grid(samples: Mapping[str, Tensor], *, dark: bool = False, columns: 
     look = _look(dark=dark)
     wide = min(len(samples), 7)
     tall = math.ceil(len(samples) / wide)
-    figure, axes = _figure(
-        look, max(3.0, 1.35 * wide + 0.2), 0.85 + 1.75 * tall, wide, tall, left=0.015, right=0.985, square=True
-    )
+    figure, axes = _figure(look, max(3.0, 1.35 * wide + 0.2), 0.7, wide, tall, left=0.015, right=0.985, square=0.1)
     for panel, (name, rows) in zip(axes, samples.items(), strict=False):
         panel.imshow(_mosaic(rows[:most], columns), cmap="gray" if dark else "gray_r", vmin=0, vmax=1, interpolation="nearest")
         panel.set_title(
@@ -288,13 +278,20 @@ def _figure(
     left: float = 0.09,
     right: float = 0.97,
     ratios: Sequence[float] | None = None,
-    square: bool = False,
+    square: float | None = None,
 ) -> tuple[Figure, list[Any]]:
-    """A figure with room for a title of two lines, and its axes in reading order."""
+    """A figure with room for a title of two lines, and its axes in reading order.
+
+    With `square`, panels are square: `height` is the room above them and `square` that below, in inches.
+    """
     from matplotlib.figure import Figure
 
+    above, below, gap = 0.72, 0.62, 0.09  # inches, inches, panel widths
+    if square is not None:
+        above, below, gap = height, square, 0.22
+        side = (right - left) * width / (columns + gap * (columns - 1))
+        height = above + below + side * (rows + 0.5 * (rows - 1))
     figure = Figure(figsize=(width, height), facecolor=look.paper)
-    above, below = (0.95, 0.45) if square else (0.72, 0.62)  # inches
     grid = figure.add_gridspec(
         rows,
         columns,
@@ -303,7 +300,7 @@ def _figure(
         top=1 - above / height,
         bottom=below / height,
         width_ratios=ratios,
-        wspace=0.22 if square else 0.09,
+        wspace=gap,
         hspace=0.5,
     )
     axes = [figure.add_subplot(grid[i, j]) for i in range(rows) for j in range(columns)]
@@ -314,9 +311,9 @@ def _figure(
         panel.yaxis.label.set_color(look.soft)
         panel.xaxis.label.set_fontsize(9.5)
         panel.yaxis.label.set_fontsize(9.5)
-        for side, spine in panel.spines.items():
+        for edge, spine in panel.spines.items():
             spine.set_color(look.line)
-            spine.set_visible(side in ("left", "bottom"))
+            spine.set_visible(edge in ("left", "bottom"))
     return figure, axes
 
 

@@ -257,7 +257,7 @@ def _defined(value: Any) -> float | None:
 
 def _seconds(value: Any) -> str:
     value = _defined(value)
-    return "" if value is None else f"{value:.2f}" if value < 1 else f"{value:.1f}"
+    return "" if value is None else f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 def _learning(frame: pd.DataFrame, *, tested: bool) -> Table:
