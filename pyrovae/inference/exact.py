@@ -120,10 +120,13 @@ class ExactPosterior(TabulatedPosterior):
             ]
         return self.log_evidence - space.to_batch(parts)
 
-    def site_weights(self) -> Iterator[tuple[slice, States]]:
+    def site_weights(self, *, summed: bool = False) -> Iterator[tuple[slice, States]]:
         """Posterior weights of every site's clique; see :class:`TabulatedPosterior`."""
-        shapes = self.enumeration.shapes
-        yield from self.solution.weights({name: Clique(s.axes, s.plate_dims, s.level) for name, s in shapes.items()})
+        wanted = {
+            name: Clique(s.axes, s.plate_dims, s.level, s.repeated if summed else frozenset())
+            for name, s in self.enumeration.shapes.items()
+        }
+        yield from self.solution.weights(wanted)
 
     def expectation(self, f: Callable[[States], Tensor]) -> tuple[Tensor, Tensor]:
         """E[f(z)] summed over all joint states, `[batch, …]`, and 0; see :meth:`Posterior.expectation`.

@@ -149,16 +149,15 @@ class MeanFieldPosterior(TabulatedPosterior):
         """Log q(z) `[n, batch]` of states `{site: [n, batch, …]}`."""
         return self._q.log_prob(z)
 
-    def site_weights(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    def site_weights(self, *, summed: bool = False) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Products of q over the axes of every site; see :class:`TabulatedPosterior`."""
         space, weights = self.enumeration, {}
         tables = {axis.dim: _table(space, axis, q).exp() for axis, q in zip(space.axes, self.components, strict=True)}
         for name, shape in space.shapes.items():
             sizes = [space.plate_sizes[d] if d in shape.plate_dims else 1 for d in range(-space.structure.plate_depth, 0)]
-            product = self.components[0][0].new_ones((1,) * (space.ndim - len(sizes)) + tuple(sizes))
-            for dim in shape.axes:
-                product = product * tables[dim]
-            weights[name] = product
+            ones = self.components[0][0].new_ones((1,) * (space.ndim - len(sizes)) + tuple(sizes))
+            away = shape.repeated if summed else frozenset()
+            weights[name] = _contract([ones, *(tables[dim] for dim in shape.axes)], away)
         yield space.chunks[0], weights
 
     @cached_property
@@ -248,17 +247,21 @@ class _Ascent:
         axes = [dim for dim in self.space.shapes[name].axes if dim != free]
         if not axes:
             return term.table
-        ndim = self.space.ndim
-        operands = [term.table, *(q[dim] for dim in axes)]
-        varied = [[d for d in range(-ndim, 0) if t.shape[d] > 1] for t in operands]
-        kept = sorted({d for dims in varied for d in dims} - set(axes))
-        letter = dict(zip(range(-ndim, 0), string.ascii_letters, strict=False))
-        formula = ",".join("".join(letter[d] for d in dims) for dims in varied)
-        result = torch.einsum(f"{formula}->{''.join(letter[d] for d in kept)}", *(t.squeeze() for t in operands))
-        shape = [1] * ndim
-        for d, size in zip(kept, result.shape, strict=True):
-            shape[d] = size
-        return result.reshape(shape)
+        return _contract([term.table, *(q[dim] for dim in axes)], frozenset(axes))
+
+
+def _contract(operands: Sequence[Tensor], away: frozenset[int]) -> Tensor:
+    """The product of broadcastable tables, summed over some dims, which keep size 1."""
+    ndim = operands[0].dim()
+    varied = [[d for d in range(-ndim, 0) if t.shape[d] > 1] for t in operands]
+    kept = sorted({d for dims in varied for d in dims} - away)
+    letter = dict(zip(range(-ndim, 0), string.ascii_letters, strict=False))
+    formula = ",".join("".join(letter[d] for d in dims) for dims in varied)
+    result = torch.einsum(f"{formula}->{''.join(letter[d] for d in kept)}", *(t.squeeze() for t in operands))
+    shape = [1] * ndim
+    for d, size in zip(kept, result.shape, strict=True):
+        shape[d] = size
+    return result.reshape(shape)
 
 
 def _table(space: Enumeration, axis: Axis, q: Components) -> Tensor:

@@ -21,11 +21,15 @@ from pyrovae.inference.enumeration import Axis, Enumeration
 
 @dataclass(frozen=True)
 class Clique:
-    """Axes and plates whose joint posterior weights are wanted, and the level in which they are summed."""
+    """Axes and plates whose joint posterior weights are wanted, and the level in which they are summed.
+
+    Weights are summed over the plates in `summed`, without ever having a value a row.
+    """
 
     axes: frozenset[int]
     plate_dims: frozenset[int]
     level: int
+    summed: frozenset[int] = frozenset()
 
 
 class Solution:
@@ -92,7 +96,7 @@ class Solution:
             made: list[list[int]] = []
             below: list[list[int]] = []
             for level in range(len(space.levels) - 1, self.level - 1, -1):
-                wanted = [c.axes | c.plate_dims for c in cliques if c.level == level]
+                wanted = [c.axes | (c.plate_dims - c.summed) for c in cliques if c.level == level]
                 weights = [[sizes[d] if d in dims else 1 for d in range(-space.ndim, 0)] for dims in wanted]
                 terms = [space._scaled(shape.table, axes) for shape in space.shapes.values() if shape.level == level]
                 below = elimination_numel(terms + weights + below, [axis.dim for axis in space.level_axes(level)])
@@ -225,7 +229,7 @@ class Solution:
             if axis.dim in clique.axes:
                 part = chunk if chunk is not None and axis is space.chunk_axis else slice(0, axis.size)
                 shape[axis.dim] = part.stop - part.start
-        for dim in clique.plate_dims:
+        for dim in clique.plate_dims - clique.summed:
             shape[dim] = space.plate_sizes[dim]
         return Term(like.new_zeros(shape).requires_grad_(), clique.plate_dims, clique.level)
 

@@ -40,6 +40,11 @@ class SiteShape:
         """The shape of the factor's own table."""
         return self.tables[0]
 
+    @property
+    def repeated(self) -> frozenset[int]:
+        """The plates along which the table merely repeats."""
+        return frozenset(dim for dim in self.plate_dims if self.table[dim] == 1)
+
 
 class SpotCheck:
     """Compare joint states run together with the same states run alone.

@@ -28,8 +28,12 @@ class TabulatedPosterior(Posterior):
     enumeration: Enumeration = field(repr=False)
 
     @abstractmethod
-    def site_weights(self) -> Iterator[tuple[slice, SiteWeights]]:
-        """For each chunk, the weights of every site's table, `[axes, plates]` of full size along both."""
+    def site_weights(self, *, summed: bool = False) -> Iterator[tuple[slice, SiteWeights]]:
+        """For each chunk, the weights of every site's table, `[axes, plates]` of full size along both.
+
+        Args:
+            summed: sum the weights over plates along which the site's table merely repeats (size 1 there).
+        """
 
     def expected_log_joint(self, model: Program) -> Tensor:
         """E_q[log p(x, z)] under `model`, `[batch]`, differentiable; one run of the program a chunk."""
@@ -42,7 +46,7 @@ class TabulatedPosterior(Posterior):
 
     def q_function(self, model: Program) -> Callable[[], Tensor]:
         """Σ_batch E_q[log p(x, z)], the data gathered into sufficient statistics once; see :func:`q_function`."""
-        return q_function(self.enumeration, self.site_weights(), model)
+        return q_function(self.enumeration, self.site_weights(summed=True), model)
 
 
 def q_function(space: Enumeration, site_weights: Iterable[tuple[slice, SiteWeights]], model: Program) -> Callable[[], Tensor]:
@@ -53,7 +57,8 @@ def q_function(space: Enumeration, site_weights: Iterable[tuple[slice, SiteWeigh
 
     Args:
         space: the states.
-        site_weights: for each chunk, the weights of every site's table, `[axes, plates]` of full size along both.
+        site_weights: for each chunk, the weights of every site's table, `[axes, plates]`; where the table merely repeats
+            along a plate, they may be summed over it.
         model: the program to learn.
 
     Returns:
