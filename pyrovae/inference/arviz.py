@@ -60,15 +60,17 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         Pareto smoothed importance sampling (Vehtari et al., 2024)
         https://arxiv.org/abs/1507.02646
     """
-    flat = _array(log_weights).reshape(log_weights.shape[0], -1).T  # [rows, K]
-    found = np.full(flat.shape[0], -np.inf)
-    varied = np.ptp(flat, axis=1) > 1e-12 * np.maximum(1.0, np.abs(flat).max(axis=1))
+    flat = _array(log_weights).reshape(log_weights.shape[0], -1).T.astype(float)  # [rows, K]
+    best = flat.max(axis=1, keepdims=True)
+    found = np.where(np.isfinite(best[:, 0]), -np.inf, np.inf)  # every weight 0: nothing can be trusted
+    flat = np.maximum(flat - np.where(np.isfinite(best), best, 0.0), -700.0)  # a weight of 0 is a number too
+    varied = np.isneginf(found) & (np.ptp(flat, axis=1) > 1e-12 * np.maximum(1.0, np.abs(best[:, 0])))
     if varied.any():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found[varied] = _psis(flat[varied])
-    repeats = (flat == flat.max(axis=1, keepdims=True)).sum(axis=1)
-    found[np.isinf(found) & (repeats > 4)] = -np.inf
+    repeats = (flat == 0).sum(axis=1)
+    found[varied & np.isinf(found) & (repeats > 4)] = -np.inf
     return torch.as_tensor(found, dtype=log_weights.dtype).reshape(log_weights.shape[1:])
 
 

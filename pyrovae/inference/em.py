@@ -28,12 +28,13 @@ class EM:
     """Maximise log p(x) − λ/2 ‖θ‖² by alternating q(z) ← posterior and θ ← argmax Q(θ) = E_q[log p(x, z)] − λ/2 ‖θ‖².
 
     With `EM(e_step=Exact())` this is EM: the penalised log likelihood never decreases, which is checked at every iteration.
-    `EM(e_step=Gibbs(…))` is Monte-Carlo EM, monotone only on average; `EM(e_step=MeanField())` is variational EM, which
-    raises its bound. The M-step is the model's own `m_step(posterior, *args)` where it declares one and λ = 0; else
-    L-BFGS on Q, undone if Q fell (generalised EM). Where parameters do not vary over the data, Q needs the data only once
-    an E-step.
+    `EM(e_step=Gibbs(…))` is Monte-Carlo EM, monotone only on average; `EM(e_step=MeanField())` is variational EM, whose
+    M-steps raise the bound and whose E-steps start anew, so that it may fall by a worse local optimum. The M-step is the
+    model's own `m_step(posterior, *args)` where it declares one and λ = 0; else L-BFGS on Q, undone if Q fell (generalised
+    EM). Where parameters do not vary over the data, Q needs the data only once an E-step.
 
-    Cost of an iteration: one E-step, and about `m_steps` runs of the program over the joint states.
+    Cost of an iteration: one E-step, and about `m_steps` runs of the program over the joint states. `model_evaluations` is
+    that of the E-steps, and one for each evaluation of Q.
 
     Args:
         e_step: any inference method; default `Exact()`.
@@ -87,18 +88,20 @@ class EM:
         history: list[dict[str, Any]] = []
         evaluations, previous = 0, None
         gradients = {name: leaf.grad for name, leaf in leaves.items()}
-        for step in trange(self.num_iterations + 1, desc="EM", disable=not self.progress):
-            posterior = self.e_step.infer(model, *args, **kwargs)
-            evaluations += int(posterior.diagnostics.get("model_evaluations", 0))
-            record = self._record(step, posterior, leaves, model, validation, kwargs)
-            history.append(record | {"seconds": time.perf_counter() - begin})
-            if posterior.bound == "exact":
-                self._check_monotone(previous, record["loss"], posterior)
-                previous = record["loss"]
-            if step < self.num_iterations:
-                evaluations += self._m_step(model, posterior, leaves, args)
-        for name, leaf in leaves.items():
-            leaf.grad = gradients[name]
+        try:
+            for step in trange(self.num_iterations + 1, desc="EM", disable=not self.progress):
+                posterior = self.e_step.infer(model, *args, **kwargs)
+                evaluations += int(posterior.diagnostics.get("model_evaluations", 0))
+                record = self._record(step, posterior, leaves, model, validation, kwargs)
+                history.append(record | {"seconds": time.perf_counter() - begin})
+                if posterior.bound == "exact":
+                    self._check_monotone(previous, record["loss"], posterior)
+                    previous = record["loss"]
+                if step < self.num_iterations:
+                    evaluations += self._m_step(model, posterior, leaves, args)
+        finally:
+            for name, leaf in leaves.items():
+                leaf.grad = gradients[name]
         return Fit(
             history=tuple(history),
             bound=posterior.bound,
@@ -162,7 +165,14 @@ def maximise(q: Callable[[], Tensor], leaves: Mapping[str, Tensor], penalty: flo
     """
     calls = 0
     before = snapshot(leaves)
-    optimizer = torch.optim.LBFGS(list(leaves.values()), max_iter=steps, max_eval=4 * steps, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        list(leaves.values()),
+        max_iter=steps,
+        max_eval=4 * steps,
+        tolerance_grad=1e-12,  # torch's own would end EM a thousandth of a nat early
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective() -> Tensor:
         nonlocal calls

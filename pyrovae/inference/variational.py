@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
 import pyro.infer
-import pyro.optim
 import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from pyrovae.handlers.own_params import own_params
-from pyrovae.handlers.relax import relax
 from pyrovae.handlers.structure import frozen_leaves, read_structure
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
 from pyrovae.inference.exact import Exact
-from pyrovae.inference.fit import Fit, check_penalty, snapshot, squared_norm, versions
+from pyrovae.inference.fit import Fit, check_penalty, snapshot, versions
 from pyrovae.inference.log_joint import LogJoint
+from pyrovae.inference.optimization import Optimization
 from pyrovae.inference.posterior import Bound, Program, States
 from pyrovae.inference.weighing import draw, weigh
 
@@ -123,17 +119,17 @@ class Variational:
             FloatingPointError: if the loss is no longer finite; parameters stay as they were before that step.
         """
         begin, seed = time.perf_counter(), torch.initial_seed()
-        run = _Run(self, model, args, kwargs, learn_model=True)
         every = self.log_every or max(1, self.num_steps // 20)
         history: list[dict[str, Any]] = []
         losses: list[float] = []
-        for step in trange(self.num_steps, desc="Variational", disable=not self.progress):
-            if step % every == 0:
-                history.append(self._record(run, step, losses, validation, begin))
-                losses = []
-            losses.append(run.step(step))
-        history.append(self._record(run, self.num_steps, losses, validation, begin))
-        run.close()
+        held_out = self._held_out(validation, model, kwargs)
+        with Optimization(self, model, args, kwargs, learn_model=True) as run:
+            for step in trange(self.num_steps, desc="Variational", disable=not self.progress):
+                if step % every == 0:
+                    history.append(self._record(run, step, losses, held_out, begin))
+                    losses = []
+                losses.append(run.step(step))
+        history.append(self._record(run, self.num_steps, losses, held_out, begin))
         return Fit(
             history=tuple(history),
             bound=self._bound,
@@ -165,9 +161,8 @@ class Variational:
         begin = time.perf_counter()
         losses, evaluations = [], 0
         if self.num_guide_steps:
-            run = _Run(self, model, args, kwargs, learn_model=False)
-            losses = [run.step(step) for step in trange(self.num_guide_steps, desc="guide", disable=not self.progress)]
-            run.close()
+            with Optimization(self, model, args, kwargs, learn_model=False) as run:
+                losses = [run.step(step) for step in trange(self.num_guide_steps, desc="guide", disable=not self.progress)]
             evaluations = run.evaluations
         log_joint = LogJoint(model, args, kwargs)
         states, log_w = weigh(log_joint, self.guide, self.num_samples)
@@ -189,36 +184,38 @@ class Variational:
     def _bound(self) -> Bound:
         return "exact" if self.guide is None else "lower"
 
-    def _record(self, run: _Run, step: int, losses: list[float], validation: Any, begin: float) -> dict[str, Any]:
+    def _record(
+        self, run: Optimization, step: int, losses: list[float], held_out: tuple[Any, ...] | None, begin: float
+    ) -> dict[str, Any]:
         bound, stderr = self._evaluate(run.model, run.args, run.kwargs)
-        held_out = None
-        if validation is not None:
-            others = validation if isinstance(validation, tuple) else (validation,)
-            held_out = self._evaluate(run.model, others, run.kwargs)[0] if self._serves(others, run) else None
-        loss = sum(losses) / len(losses) if losses else None
         return {
             "step": step,
-            "loss": loss,
+            "loss": sum(losses) / len(losses) if losses else None,
             "bound": bound,
             "stderr": stderr,
-            "validation": held_out,
+            "validation": None if held_out is None else self._evaluate(run.model, held_out, run.kwargs)[0],
             "seconds": time.perf_counter() - begin,
         }
 
-    def _serves(self, others: tuple[Any, ...], run: _Run) -> bool:
-        """Whether the guide has parameters for other rows: a table of one entry a datum has not."""
-        if self.guide is None:
-            return True
+    def _held_out(self, validation: Any, model: Program, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """Arguments of the validation data; None where the guide has no parameters for other rows, but one set a datum."""
+        if validation is None:
+            return None
+        args = self._prepared(validation if isinstance(validation, tuple) else (validation,))
+        read_structure(model, args, kwargs)  # data that the model refuses are an error
         try:
-            read_structure(self.guide, others, run.kwargs)
+            if self.guide is not None:
+                read_structure(self.guide, args, kwargs)
         except ValueError:
-            return False
-        return True
+            return None
+        return validation if isinstance(validation, tuple) else (validation,)
+
+    def _prepared(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if self.preprocess is None or not args else (self.preprocess(args[0]), *args[1:])
 
     def _evaluate(self, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
         """The bound per datum, and its standard error."""
-        if self.preprocess is not None:
-            args = (self.preprocess(args[0]), *args[1:])
+        args = self._prepared(args)
         if self.guide is None:
             assert isinstance(self.elbo, ExactLikelihood)
             return float(Exact(max_bytes=self.elbo.max_bytes).infer(model, *args, **kwargs).log_evidence.mean()), 0.0  # type: ignore[union-attr]
@@ -251,6 +248,7 @@ class _FrozenGuide:
         self.guide, self.log_joint = guide, log_joint
         self.leaves = read_structure(guide, log_joint.args, log_joint.kwargs).leaves
         self.values = snapshot(self.leaves)
+        self.log_q = LogJoint(guide, log_joint.args, log_joint.kwargs, structure=log_joint.structure)
 
     def sample(self, n: int) -> States:
         joint = self.log_joint
@@ -258,145 +256,5 @@ class _FrozenGuide:
             return draw(self.guide, joint.args, joint.kwargs, n, joint.structure, vectorized=joint.broadcasts)[0]
 
     def log_prob(self, z: Mapping[str, Tensor]) -> Tensor:
-        joint = self.log_joint
         with torch.no_grad(), frozen_leaves(self.leaves, self.values):
-            return LogJoint(self.guide, joint.args, joint.kwargs, structure=joint.structure)(z)
-
-
-class _Run:
-    """The state of an optimisation: programs with their own parameters, one optimizer, minibatches."""
-
-    def __init__(
-        self, method: Variational, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, learn_model: bool
-    ) -> None:
-        self.method, self.model, self.args, self.kwargs = method, model, args, kwargs
-        self.evaluations = 0
-        self.rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 1
-        if method.batch_size is not None and method.batch_size > self.rows:
-            raise ValueError(f"expected batch_size <= the {self.rows} rows of the data, got {method.batch_size}")
-        first = self._prepared(args)
-        self.leaves: dict[str, dict[str, Tensor]] = {"model": _trainable(read_structure(model, first, kwargs).leaves)}
-        if method.guide is not None:
-            self.leaves["guide"] = _trainable(read_structure(method.guide, first, kwargs).leaves)
-        learned = [leaf for part, leaves in self.leaves.items() for leaf in leaves.values() if part == "guide" or learn_model]
-        learned = list({id(leaf): leaf for leaf in learned}.values())
-        if not learned:
-            raise ValueError("expected programs with parameters, got none; there is nothing to learn")
-        self.learned = learned
-        self.everything = [leaf for leaves in self.leaves.values() for leaf in leaves.values()]
-        self.gradients = [leaf.grad for leaf in self.everything]
-        self.penalty = method.penalty if learn_model else 0.0
-        self.optimizer = (
-            copy.deepcopy(method.optim) if isinstance(method.optim, pyro.optim.PyroOptim) else method.optim(learned)
-        )
-        self.elbo = copy.deepcopy(method.elbo)
-        self.met: dict[str, Tensor] = {}
-        self.batches = self._minibatches()
-        self.temperature = torch.tensor(1.0)
-        self.programs = self._programs()
-
-    def step(self, step: int) -> float:
-        """One gradient step; its loss, the sum over the data."""
-        method = self.method
-        if callable(method.temperature):
-            self.temperature.fill_(method.temperature(step))
-        args, kwargs, scale, rows = next(self.batches)
-        for leaf in self.everything:
-            leaf.grad = None
-        self.met.clear()
-        loss = float(self.elbo.loss_and_grads(*self.programs, *args, **kwargs)) * scale
-        self._check_met()
-        self.evaluations += rows * self._evaluations_a_row(args, kwargs)
-        model_leaves = self.leaves["model"]
-        if self.penalty and model_leaves:
-            loss += self.penalty / 2 * float(squared_norm(model_leaves))
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"expected a finite loss, got {loss} at step {step}; lower the learning rate, or raise the temperature"
-            )
-        known = {id(leaf) for leaf in model_leaves.values()}
-        for leaf in self.learned:
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf)
-            elif scale != 1:
-                leaf.grad.mul_(scale)
-            if self.penalty and id(leaf) in known:
-                leaf.grad.add_(leaf.detach(), alpha=self.penalty)
-        if isinstance(self.optimizer, pyro.optim.PyroOptim):
-            self.optimizer(self.learned)
-        else:
-            self.optimizer.step()
-        return loss
-
-    def close(self) -> None:
-        """Give the parameters the gradients back that they had."""
-        for leaf, gradient in zip(self.everything, self.gradients, strict=True):
-            leaf.grad = gradient
-
-    def _programs(self) -> tuple[Program, Program | None]:
-        method = self.method
-        model: Program = self.model
-        guide = method.guide
-        if method.temperature is not None and guide is not None:
-            self.temperature.fill_(method.temperature(0) if callable(method.temperature) else method.temperature)
-            model, guide = relax(model, self.temperature), relax(guide, self.temperature)
-        return own_params(model, self.met), None if guide is None else own_params(guide, self.met)
-
-    def _minibatches(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], float, int]]:
-        """Arguments, keyword arguments, the factor of the loss and the number of rows of every step."""
-        size = self.method.batch_size
-        if size is None:
-            while True:
-                yield self._prepared(self.args), self.kwargs, 1.0, self.rows
-        assert size is not None
-        indexed = _takes_index(self.model) and (self.method.guide is None or _takes_index(self.method.guide))
-        device = self.args[0].device
-        while True:
-            order = torch.randperm(self.rows, device=device)
-            for start in range(0, self.rows - size + 1, size):
-                index = order[start : start + size]
-                rows = self._prepared(tuple(_rows(a, index, self.rows) for a in self.args))
-                kwargs = {name: _rows(a, index, self.rows) for name, a in self.kwargs.items()}
-                if indexed:
-                    yield rows, kwargs | {"index": index, "num_data": self.rows}, 1.0, size
-                else:
-                    yield rows, kwargs, self.rows / size, size
-
-    def _prepared(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        preprocess = self.method.preprocess
-        return args if preprocess is None or not args else (preprocess(args[0]), *args[1:])
-
-    def _evaluations_a_row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        if not hasattr(self, "_cost"):
-            if isinstance(self.elbo, ExactLikelihood):
-                self._cost = self.elbo.model_evaluations(self.model, *args, **kwargs) // max(1, len(args[0]))
-            else:
-                self._cost = int(getattr(self.elbo, "num_particles", 1))
-        return self._cost
-
-    def _check_met(self) -> None:
-        known = {id(leaf) for leaf in self.everything}
-        unknown = sorted(name for name, leaf in self.met.items() if leaf.requires_grad and id(leaf) not in known)
-        if unknown:
-            raise ValueError(
-                f"expected every parameter at the first run of the programs, got {unknown[0]!r} later; it would never be "
-                "trained, create it at construction"
-            )
-
-
-def _trainable(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-
-
-def _takes_index(program: Program) -> bool:
-    call = program.forward if isinstance(program, torch.nn.Module) else program
-    try:
-        names = inspect.signature(call).parameters
-    except (TypeError, ValueError):
-        return False
-    return {"index", "num_data"} <= set(names) or any(p.kind is p.VAR_KEYWORD for p in names.values())
-
-
-def _rows(argument: Any, index: Tensor, rows: int) -> Any:
-    """The rows of a tensor as long as the data; anything else as it is."""
-    return argument[index] if isinstance(argument, Tensor) and argument.dim() and len(argument) == rows else argument
+            return self.log_q(z)

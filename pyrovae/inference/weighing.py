@@ -33,7 +33,7 @@ def weigh(log_joint: LogJoint, guide: Program, num_particles: int) -> tuple[Stat
         States `{site: [K, *batch_shape, *event]}` and log weights `[K, batch]`. Costs K model evaluations a datum.
 
     Raises:
-        ValueError: if the guide's sites are not the model's latents.
+        ValueError: if the guide's sites are not the model's latents, in name and event shape.
     """
     structure = log_joint.structure
     row = sum(math.prod(site.event_shape) * math.prod(p.size for p in site.plates) for site in structure.observed)
@@ -83,6 +83,11 @@ def _draw(
     for latent in structure.latents:
         site = sites[latent.name]
         event = latent.event_shape
+        if site.fn.event_shape != event:
+            raise ValueError(
+                f"expected the guide's {latent.name!r} with the model's event shape {tuple(event)}, got "
+                f"{tuple(site.fn.event_shape)}; declare a vector with .to_event(1)"
+            )
         plates = (1,) * (depth - len(latent.batch_shape)) + tuple(latent.batch_shape)
         value = site.value.reshape((1,) * (1 + depth + len(event) - site.value.dim()) + site.value.shape)
         states[latent.name] = value.expand((count, *plates, *event)).reshape((count, *latent.batch_shape, *event))

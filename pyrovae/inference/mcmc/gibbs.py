@@ -129,13 +129,17 @@ def _check_rows(log_joint: LogJoint, latents: Sequence[Latent], plates: frozense
     for name, term in log_joint.terms(states).items():
         first, other, mixed = term.table.expand(3, *term.table.shape[1:])
         expected = torch.where(second, other, first) if plates <= term.plate_dims else first
-        tolerance = torch.finfo(mixed.dtype).eps ** 0.5
         pairs = [(mixed, expected)] if plates <= term.plate_dims else [(mixed, first), (other, first)]
-        if not all(torch.allclose(*torch.broadcast_tensors(*pair), tolerance, tolerance, equal_nan=True) for pair in pairs):
+        if not all(_close(*torch.broadcast_tensors(*pair)) for pair in pairs):
             raise ValueError(
                 f"expected the rows of a plate to be independent given what is outside it for Gibbs, got site {name!r} that "
                 "depends on the latents of several rows; put it inside their plate, or use Importance"
             )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def make_sweep(log_joint: LogJoint, chains: int, max_bytes: int) -> tuple[TableSweep | ProgramSweep, int]:
