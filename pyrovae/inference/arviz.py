@@ -69,6 +69,8 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found[varied] = _psis(flat[varied])
+    few = np.asarray([len(np.unique(row)) < len(row) / 2 for row in flat])
+    found[np.isnan(found)] = np.where(few, -np.inf, np.inf)[np.isnan(found)]  # 1.x where values of the tail repeat
     repeats = (flat == 0).sum(axis=1)
     found[varied & np.isinf(found) & (repeats > 4)] = -np.inf
     return torch.as_tensor(found, dtype=log_weights.dtype).reshape(log_weights.shape[1:])
@@ -109,16 +111,28 @@ def _statistic(name: str) -> Any:
 
 def _psis(log_weights: Any) -> Any:
     """Pareto k of each row of `[rows, K]`."""
+    return np.asarray([_psis_row(row) for row in log_weights], dtype=float).reshape(-1)
+
+
+def _psis_row(log_weights: Any) -> float:
     if _generation() == 0:
         import arviz
 
-        return np.asarray([arviz.psislw(row)[1] for row in log_weights], dtype=float).reshape(-1)
+        return float(arviz.psislw(log_weights)[1])
     from arviz_stats.base import array_stats
 
-    return np.asarray(array_stats.psislw(log_weights, axis=-1)[1], dtype=float).reshape(-1)
+    try:
+        return float(array_stats.psislw(-log_weights, axis=-1)[1])  # 1.x takes log likelihoods, the negative log weights
+    except ValueError:  # fewer than 5 draws in the tail, or all alike: what 0.x calls inf
+        return np.inf
 
 
 def _convert(groups: dict[str, Any], evidence: dict[str, Any], sample_dims: list[str], attributes: dict[str, Any]) -> Any:
+    import xarray
+
+    # ArviZ's own converters would give an evidence without dims one of size 1.
+    named = {name: ([f"{name}_dim_{i}" for i in range(values.ndim)], values) for name, values in evidence.items()}
+    held = xarray.Dataset(named, attrs=attributes)
     if _generation() == 0:
         import arviz
 
@@ -127,13 +141,11 @@ def _convert(groups: dict[str, Any], evidence: dict[str, Any], sample_dims: list
             dims = {name: list(sample_dims) for name in data}
             built[group] = arviz.dict_to_dataset(data, default_dims=[], dims=dims, attrs=attributes)
         if evidence:
-            built["evidence"] = arviz.dict_to_dataset(evidence, default_dims=[], attrs=attributes)
+            built["evidence"] = held
         return arviz.InferenceData(**built, warn_on_custom_groups=False)
-    from arviz_base import dict_to_dataset, from_dict
+    from arviz_base import from_dict
 
     tree = from_dict(groups, sample_dims=sample_dims, attrs={"/": attributes, "posterior": attributes})
     if evidence:
-        from xarray import DataTree
-
-        tree["evidence"] = DataTree(dict_to_dataset(evidence, sample_dims=[], attrs=attributes))
+        tree["evidence"] = xarray.DataTree(held)
     return tree
