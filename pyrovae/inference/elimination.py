@@ -47,23 +47,36 @@ def add(tables: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def eliminate(tables: Sequence[Tensor], axes: Iterable[int], reduce: Reduce = logsumexp) -> Tensor:
+def eliminate(
+    tables: Sequence[Tensor],
+    axes: Iterable[int],
+    reduce: Reduce = logsumexp,
+    *,
+    last: int | None = None,
+    steps: list[tuple[int, Tensor]] | None = None,
+) -> Tensor:
     """Sum tables and reduce the axes, the cheapest first.
 
     Args:
         tables: broadcastable log tables.
         axes: the (negative) dims to reduce.
         reduce: `logsumexp` for sums, `amax` for modes.
+        last: an axis to reduce after all others, from the sum of all that is left (also where only one state of it is here).
+        steps: filled with each axis and the table from which it was reduced, in order. Such a table depends only on its
+            axis and on axes that are reduced later, so that states can be chosen backwards, each given the later ones.
 
     Returns:
         The reduced table, of size 1 in every axis.
     """
     remaining, live = set(axes), list(tables)
     while remaining:
-        axis = min(remaining, key=lambda d: (_numel(_involving(live, d)), d))
-        involved = _involving(live, axis)
+        axis = min(remaining - {last} or remaining, key=lambda d: (_numel(_involving(live, d)), d))
+        involved = list(live) if axis == last else _involving(live, axis)
         live = [t for t in live if all(t is not i for i in involved)]
-        live.append(reduce(add(involved), axis))
+        joint = add(involved)
+        if steps is not None:
+            steps.append((axis, joint))
+        live.append(reduce(joint, axis))
         remaining.discard(axis)
     return add(live)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrovae.handlers.structure import Latent
 from pyrovae.inference.elimination import Term, amax, logsumexp
-from pyrovae.inference.enumeration import Enumeration
+from pyrovae.inference.enumeration import Axis, Enumeration
 from pyrovae.inference.posterior import Program, States, code_marginals
 from pyrovae.inference.solution import Clique, Solution
 from pyrovae.inference.tabulated import TabulatedPosterior, weighted_sum
@@ -136,9 +136,8 @@ class ExactPosterior(TabulatedPosterior):
                 once has too many joint states; draw samples instead.
         """
         total: Tensor | None = None
-        level = self._level_of(f)
-        for index, log_weights in self.solution.joint(level):
-            value = f(self._values(index, level))
+        for index, log_weights in self.solution.joint(self._asked(f)):
+            value = f(self._values(index))
             weights = log_weights.exp()
             if value.shape[: weights.dim()] != weights.shape:
                 raise ValueError(
@@ -168,19 +167,21 @@ class ExactPosterior(TabulatedPosterior):
         log_prob = self.solution.log_joint(self._index_of(z)) - self.log_evidence
         return torch.where(self._possible(z), log_prob, -math.inf)
 
-    def _level_of(self, f: Callable[[States], Tensor]) -> int:
-        """The deepest level whose sites `f` looks at."""
-        index, _ = next(self.solution.joint(len(self.enumeration.levels) - 1, states=1))
-        asked = _Asked(self._values(index, len(self.enumeration.levels) - 1))
+    def _asked(self, f: Callable[[States], Tensor]) -> list[Axis]:
+        """The axes of the sites that `f` looks at."""
+        axes = self.enumeration.axes
+        start = torch.zeros(1, dtype=torch.long, device=self.enumeration.device)
+        states = _Asked(self._values({axis.dim: start for axis in axes}))
         with torch.no_grad():
-            f(asked)
-        return max((axis.level for axis in self.enumeration.axes for site in axis.sites if site.name in asked.names), default=0)
+            f(states)
+        found = [axis for axis in axes if any(site.name in states.names for site in axis.sites)]
+        return found or [min(axes, key=lambda axis: axis.size)]
 
-    def _values(self, index: Mapping[int, Tensor], level: int) -> States:
+    def _values(self, index: Mapping[int, Tensor]) -> States:
         """Values `[S, *batch_shape, *event]` at joint states, the same for every row."""
         states = {}
         for axis in self.enumeration.axes:
-            if axis.level > level:
+            if axis.dim not in index:
                 continue
             for latent in axis.sites:
                 value = latent.decode(axis.site_codes(index[axis.dim])[latent.name])

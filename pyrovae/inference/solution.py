@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.handlers.structure import frozen_leaves
-from pyrovae.inference.elimination import Reduce, Term, add, amax, elimination_numel, gather, logsumexp
+from pyrovae.inference.elimination import Reduce, Term, amax, eliminate, elimination_numel, gather, logsumexp
 from pyrovae.inference.enumeration import Axis, Enumeration
 
 
@@ -108,54 +108,67 @@ class Solution:
             size = (size + 1) // 2
         return [slice(i, min(i + size, space.chunk_axis.size)) for i in range(0, space.chunk_axis.size, size)]
 
-    def joint(self, level: int, states: int | None = None) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
-        """The joint posterior of all axes down to `level`, flattened to S states, piece by piece.
+    def joint(self, asked: Collection[Axis]) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
+        """The joint posterior of some axes, all others summed out, its S states piece by piece.
 
         Args:
-            level: the deepest level to include.
-            states: the number of states of the chunked axis in a piece; by default what memory allows.
+            asked: the axes.
 
         Yields:
-            State numbers of each axis `[S]`, and log posterior probabilities `[S, *plates of that level]`.
+            State numbers of each axis asked for `[S]`, and log probabilities `[S, *plates of the deepest one's level]`.
+
+        Raises:
+            ValueError: if the table does not fit in memory, with the bytes it would take.
         """
-        space = self.space
-        axes = sorted((axis for axis in space.axes if axis.level <= level), key=lambda axis: axis.dim)
-        plates = self._plate_shape(level)
-        for chunk in self._pieces(axes, math.prod(plates), states):
-            tables, sums = self._ladder(chunk, logsumexp)
-            total = add([table for here in tables[: level + 1] for table in here] + [-s for s in sums[: level + 1]])
-            sizes = [chunk.stop - chunk.start if axis is space.chunk_axis else axis.size for axis in axes]
-            depth = space.structure.plate_depth
-            lead = (1,) * (space.ndim - depth - len(axes))
-            wide = total.expand((*lead, *sizes, *self._plate_shape(level, native=False)))
+        space, level = self.space, max(axis.level for axis in asked)
+        axes = sorted(asked, key=lambda axis: axis.dim)
+        others = [axis.dim for axis in space.axes if axis.level <= level and axis not in asked]
+        plates, depth = self._plate_shape(level), space.structure.plate_depth
+        for chunk in self._pieces(axes, math.prod(plates)) if space.chunk_axis in asked else [None]:
+            if chunk is None:
+                within = space.chunks if space.chunk_axis.level <= level else space.chunks[:1]
+                total = torch.logsumexp(torch.stack([self._marginal(level, others, c) for c in within]), 0)
+            else:
+                total = self._marginal(level, others, chunk)
+            sizes = [chunk.stop - chunk.start if chunk and axis is space.chunk_axis else axis.size for axis in axes]
+            lead = [1] * (space.ndim - depth)
+            for axis, size in zip(axes, sizes, strict=True):
+                lead[axis.dim + depth] = size
+            wide = total.expand((*lead, *self._plate_shape(level, native=False)))
             index = torch.unravel_index(torch.arange(math.prod(sizes), device=total.device), tuple(sizes))
-            numbers = {
-                axis.dim: i + (chunk.start if axis is space.chunk_axis else 0) for axis, i in zip(axes, index, strict=True)
-            }
+            start = {space.chunk_axis.dim: chunk.start} if chunk else {}
+            numbers = {axis.dim: i + start.get(axis.dim, 0) for axis, i in zip(axes, index, strict=True)}
             yield numbers, wide.reshape((-1, *plates))
 
     def descend(self, n: int, reduce: Reduce) -> dict[int, Tensor]:
-        """Choose states level by level from the outermost: draws with `logsumexp`, modes with `amax`.
+        """Choose the states of one axis after another, each given those chosen: draws with `logsumexp`, modes with `amax`.
 
         Returns:
             State numbers `[n, *plates]` of each axis.
         """
-        space, index = self.space, dict[int, Tensor]()
+        space, greedy, index = self.space, reduce is amax, dict[int, Tensor]()
+        root = space.chunk_axis
         for level in range(len(space.levels)):
-            choice = _Choice(n, self._plate_shape(level, native=False), reduce is amax, self.message.table)
-            axes = space.level_axes(level)
-            pieces = self._pieces(axes, math.prod(choice.plates) * (n if level else 1), None)
-            for chunk in pieces if space.chunk_axis.level <= level else pieces[:1]:
-                tables, sums = self._ladder(chunk, reduce)
-                total = add(tables[level]) - (sums[level] if reduce is logsumexp else 0.0)
-                sizes = [chunk.stop - chunk.start if axis is space.chunk_axis else axis.size for axis in axes]
-                offsets = [chunk.start if axis is space.chunk_axis else 0 for axis in axes]
-                inside = None
-                if space.chunk_axis.dim in index:
-                    inside = (index[space.chunk_axis.dim] >= chunk.start) & (index[space.chunk_axis.dim] < chunk.stop)
-                picked = self._clamp(total, sizes, index, chunk, choice.plates)  # [S, n or 1, plates]
-                choice.offer(picked, sizes, offsets, inside)
-            index.update({axis.dim: number for axis, number in zip(axes, choice.numbers(), strict=True)})
+            plates = self._plate_shape(level, native=False)
+            pieces = space.chunks if root.level <= level else space.chunks[:1]
+            if root.level == level:
+                choice = _Choice(n, plates, self.message.table, greedy=greedy)
+                for piece in pieces:
+                    steps, total = self._steps(level, piece, reduce)
+                    choice.offer(self._given(steps[-1][1] - (0.0 if greedy else total), root.dim, index, piece), piece.start)
+                index[root.dim] = choice.chosen
+            before = dict(index)
+            for piece in pieces:
+                given = dict(before)
+                for dim, table in reversed(self._steps(level, piece, reduce)[0]):
+                    if dim != root.dim:
+                        given[dim] = self._choose(table, dim, given, piece, plates, n, greedy=greedy)
+                if len(pieces) == 1:
+                    index = given
+                    continue
+                inside = (before[root.dim] >= piece.start) & (before[root.dim] < piece.stop)
+                for dim in given.keys() - before.keys():
+                    index[dim] = torch.where(inside, given[dim], index.get(dim, given[dim]))
         return index
 
     def log_joint(self, index: Mapping[int, Tensor]) -> Tensor:
@@ -206,12 +219,62 @@ class Solution:
             sums.insert(0, below.table)
         return tables, sums
 
-    def _pieces(self, axes: list[Axis], rows: int, states: int | None) -> list[slice]:
+    def _marginal(self, level: int, others: Collection[int], chunk: slice) -> Tensor:
+        """Log posterior of the axes down to a level at a chunk, some axes summed out: `[axes, plates]`."""
+        tables, sums = self._ladder(chunk, logsumexp)
+        parts = [table for here in tables[: level + 1] for table in here] + [-total for total in sums[: level + 1]]
+        needed = 3 * parts[0].element_size() * max(map(math.prod, elimination_numel([p.shape for p in parts], others)))
+        if needed > 2 * self.space.max_bytes:
+            raise ValueError(
+                f"expected a function of few latents, whose joint table fits in max_bytes={self.space.max_bytes:,}, got one "
+                f"that takes {needed:,} bytes; average it over posterior.sample(n) instead"
+            )
+        return eliminate(parts, others)
+
+    def _steps(self, level: int, chunk: slice, reduce: Reduce) -> tuple[list[tuple[int, Tensor]], Tensor]:
+        """The eliminations of a level at a chunk, the chunked axis last, and the level's sum over all chunks."""
+        tables, sums = self._ladder(chunk, reduce)
+        steps: list[tuple[int, Tensor]] = []
+        dims = [axis.dim for axis in self.space.level_axes(level)]
+        eliminate(tables[level], dims, reduce, last=self.space.chunk_axis.dim, steps=steps)
+        return steps, sums[level]
+
+    def _choose(
+        self,
+        table: Tensor,
+        dim: int,
+        index: Mapping[int, Tensor],
+        piece: slice,
+        plates: tuple[int, ...],
+        n: int,
+        *,
+        greedy: bool,
+    ) -> Tensor:
+        """Choose the states `[n, *plates]` of an axis given those of others, some draws at a time."""
+        block = max(1, self.space.max_bytes // (8 * table.element_size() * table.shape[dim] * math.prod(plates)))
+        chosen = []
+        for start in range(0, n, block):
+            some = {d: number[start : start + block] for d, number in index.items()}
+            log_p = self._given(table, dim, some, piece)
+            choice = _Choice(min(block, n - start), plates, table, greedy=greedy)
+            choice.offer(log_p if greedy else torch.log_softmax(log_p, 0), 0)
+            chosen.append(choice.chosen)
+        return torch.cat(chosen)
+
+    def _given(self, table: Tensor, dim: int, index: Mapping[int, Tensor], piece: slice) -> Tensor:
+        """A table of an axis at chosen states of others: `[S, n, *plates]`, n = 1 where nothing is chosen yet."""
+        depth = self.space.structure.plate_depth
+        chosen = sorted(index)
+        order = [dim, *chosen, *(d for d in range(-table.dim(), -depth) if d != dim and d not in index), *range(-depth, 0)]
+        sizes = [table.shape[d] for d in (dim, *chosen)] + list(table.shape[table.dim() - depth :])
+        flat = table.permute(order).reshape(sizes)
+        return gather(flat, self._local(index, piece), depth) if index else flat.unsqueeze(1)
+
+    def _pieces(self, axes: list[Axis], rows: int) -> list[slice]:
         """Slices of the chunked axis so that the joint table of some axes fits."""
         space = self.space
-        if states is None:
-            others = math.prod(axis.size for axis in axes if axis is not space.chunk_axis)
-            states = space.max_bytes // (6 * self.message.table.element_size() * others * max(rows, 1))
+        others = math.prod(axis.size for axis in axes if axis is not space.chunk_axis)
+        states = space.max_bytes // (6 * self.message.table.element_size() * others * max(rows, 1))
         size = max(1, min(states, space.chunk_size))
         return [slice(i, min(i + size, space.chunk_axis.size)) for i in range(0, space.chunk_axis.size, size)]
 
@@ -241,64 +304,37 @@ class Solution:
             for d, number in index.items()
         }
 
-    def _clamp(
-        self, table: Tensor, sizes: list[int], index: Mapping[int, Tensor], chunk: slice, plates: tuple[int, ...]
-    ) -> Tensor:
-        """A level's table at chosen states of the outer levels: `[S, n, *plates]`, n = 1 where nothing is chosen yet."""
-        outer = self.space.ndim - len(plates)
-        chosen = list(table.shape[outer - len(index) : outer])
-        deeper = [1] * (outer - len(index) - len(sizes))
-        flat = table.expand((*deeper, *sizes, *chosen, *plates)).reshape((-1, *chosen, *plates))
-        return gather(flat, self._local(index, chunk), len(plates)) if index else flat.unsqueeze(1)
-
 
 class _Choice:
     """A choice of one state per draw and row from tables that come piece by piece."""
 
-    def __init__(self, n: int, plates: tuple[int, ...], greedy: bool, like: Tensor) -> None:  # noqa: FBT001
-        self.n, self.plates, self.greedy = n, plates, greedy
-        self.below = like.new_zeros((n, *plates))
-        self.best = like.new_full((n, *plates), -math.inf)
-        self.uniform = self.below if greedy else torch.rand((n, *plates), dtype=like.dtype, device=like.device)
-        self.chosen: list[Tensor] = []
+    def __init__(self, n: int, plates: tuple[int, ...], like: Tensor, *, greedy: bool) -> None:
+        self.shape, self.greedy = (n, *plates), greedy
+        self.below = like.new_zeros(self.shape)
+        self.best = like.new_full(self.shape, -math.inf)
+        self.uniform = self.below if greedy else torch.rand(self.shape, dtype=like.dtype, device=like.device)
+        self.chosen = torch.zeros(self.shape, dtype=torch.long, device=like.device)
 
-    def offer(self, log_p: Tensor, sizes: list[int], offsets: list[int], inside: Tensor | None) -> None:
-        """Consider S more states with log probabilities `[S, n or 1, *plates]`; `inside` tells which draws they concern."""
+    def offer(self, log_p: Tensor, offset: int) -> None:
+        """Consider the states from number `offset` on, with log probabilities `[S, n or 1, plates]`."""
         if self.greedy:
-            value, flat = log_p.max(0)
-            taken = (value > self.best) | (self.best == -math.inf)
-            taken = taken if inside is None else taken & inside
+            value, number = log_p.max(0)
+            taken = value.expand(self.shape) > self.best
             self.best = torch.where(taken, value, self.best)
-            flat = flat.expand(self.best.shape)
         else:
-            cumulative = log_p.exp().cumsum(0)
-            value = (self.uniform - self.below).expand((self.n, *self.plates))
-            rows = cumulative.expand((-1, *torch.broadcast_shapes(cumulative.shape[1:], (1, *self.plates))))
-            if rows.shape[1] == 1:
-                edges = rows.squeeze(1).reshape(rows.shape[0], -1).T.contiguous()  # [rows, S]
-                flat = torch.searchsorted(edges, value.reshape(self.n, -1).T.contiguous(), right=True).T
-            else:
-                edges = rows.reshape(rows.shape[0], -1).T.contiguous()  # [n rows, S]
-                flat = torch.searchsorted(edges, value.reshape(-1, 1), right=True)
-            flat = flat.reshape(value.shape)
-            last = rows.shape[0] - 1
-            possible = rows[-1] > 0
-            taken = (value >= 0) & possible
-            # Rounding may leave the very last uniforms above the total: they keep the last possible state.
-            flat = flat.clamp(max=last)
-            flat = torch.where(value >= rows[-1], _last_possible(rows).expand(value.shape), flat)
-            taken = taken if inside is None else taken & inside
-            step = rows[-1].expand(value.shape)
-            self.below = self.below + (step if inside is None else torch.where(inside, step, 0.0))
-        numbers = [i + o for i, o in zip(torch.unravel_index(flat, tuple(sizes)), offsets, strict=True)]
-        if not self.chosen:
-            self.chosen = numbers
-        else:
-            self.chosen = [torch.where(taken, new, old) for new, old in zip(numbers, self.chosen, strict=True)]
-
-    def numbers(self) -> list[Tensor]:
-        """State numbers `[n, *plates]` of each axis of the level."""
-        return self.chosen
+            # The inverse of the cumulative distribution; rows that share a table are searched together.
+            edges = log_p.exp().cumsum(0).expand((-1, -1, *self.shape[1:]))
+            value = self.uniform - self.below
+            shared = edges.shape[1] == 1
+            table = edges.reshape(edges.shape[0], -1).T.contiguous()
+            rows = value.reshape(self.shape[0], -1).T.contiguous() if shared else value.reshape(-1, 1)
+            number = torch.searchsorted(table, rows, right=True)
+            number = (number.T if shared else number).reshape(self.shape)
+            # Rounding may leave the largest uniforms above the total: they keep the last possible state.
+            number = torch.where(value >= edges[-1], _last_possible(edges), number)
+            taken = (value >= 0) & (edges[-1] > 0)
+            self.below = self.below + edges[-1]
+        self.chosen = torch.where(taken, number + offset, self.chosen)
 
 
 def _last_possible(cumulative: Tensor) -> Tensor:

@@ -309,7 +309,7 @@ def test_two_instances_and_deep_copies_stay_apart():
         assert torch.equal(a, b)
     assert not torch.allclose(answers[0][0], answers[0][1])
     assert torch.equal(answers[0][1], answers[0][2])
-    assert float(second.scale) == pytest.approx(2.5)
+    assert second.scale.item() == pytest.approx(2.5)
     assert float(first.scale) == pytest.approx(0.7)
     assert not list(pyro.get_param_store().keys())
 
@@ -324,3 +324,45 @@ def test_argument_kinds():
     posterior = Exact().infer(model, {"x": x}, gain=2.0)
     oracle = BruteForce(lambda x: model({"x": x}, gain=2.0), (x,), {"z": bits()}).solve()
     close(posterior.log_evidence, oracle.log_evidence)
+
+
+def _chain(length, states, rows):
+    transition = torch.softmax(torch.randn(states, states), -1)
+    means = torch.randn(states)
+
+    def program(x):
+        with pyro.plate("rows", rows):
+            z = pyro.sample("z0", dist.Categorical(torch.ones(states) / states))
+            for t in range(1, length):
+                z = pyro.sample(f"z{t}", dist.Categorical(transition[z]))
+                pyro.sample(f"x{t}", dist.Normal(means[z], 1.0), obs=x[:, t])
+
+    return program, transition, means
+
+
+def test_a_long_chain_of_sites_is_summed_and_drawn_one_after_another():
+    """3^30 joint states: evidence, marginals and pairs against the forward-backward recursions."""
+    length, states, rows = 30, 3, 4
+    program, transition, means = _chain(length, states, rows)
+    x = torch.randn(rows, length)
+    posterior = Exact().infer(program, x)
+    seen = [torch.zeros(rows, states)] + [dist.Normal(means, 1.0).log_prob(x[:, t, None]) for t in range(1, length)]
+    forward, backward = [torch.full((rows, states), 1 / states).log()], [torch.zeros(rows, states)]
+    for t in range(1, length):
+        forward.append(torch.logsumexp(forward[-1][:, :, None] + transition.log(), 1) + seen[t])
+        backward.insert(0, torch.logsumexp(transition.log() + (seen[-t] + backward[0])[:, None, :], -1))
+    close(posterior.log_evidence, forward[-1].logsumexp(-1))
+    for t in (0, 7, length - 1):
+        close(posterior.marginals[f"z{t}"], torch.softmax(forward[t] + backward[t], -1))
+    pair = forward[6][:, :, None] + transition.log() + (seen[7] + backward[7])[:, None, :]
+    pair = torch.softmax(pair.flatten(1), -1).reshape(rows, states, states)
+    equal = pair.diagonal(dim1=1, dim2=2).sum(-1)
+    close(posterior.expectation(lambda z: (z["z6"] == z["z7"]).double())[0], equal)
+    draws, n = posterior.sample(4000), 4000
+    frequency = (draws["z6"] == draws["z7"]).double().mean(0)
+    z = ((frequency - equal) / (equal * (1 - equal) / n).sqrt()).abs().max()
+    assert z < torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - 1e-5 / rows / 2))
+    best = posterior.log_prob({name: value.unsqueeze(0) for name, value in posterior.mode.items()})[0]
+    assert (best >= posterior.log_prob(draws).amax(0) - 1e-10).all()
+    with pytest.raises(ValueError, match="average it over posterior.sample"):
+        posterior.expectation(lambda z: sum(z.values()).double())
