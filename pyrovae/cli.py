@@ -83,7 +83,8 @@ def compare_command(
 
     Inference: exact, Gibbs, mean field, local VI, amortised VI, importance.
 
-    Computed in float64 on one thread. With no options: a sigmoid belief net with 8 hidden units on 1437 scans of digits, about a minute.
+    Computed in float64 on one thread. With no options: a sigmoid belief net with 8 hidden units learns 1437
+    scans of digits; about a minute.
 
     For example:
 

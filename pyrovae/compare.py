@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from pyrovae.handlers import discretize
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.draws import DrawsPosterior
+from pyrovae.inference.elbo import ExactLikelihood
 from pyrovae.inference.exact import Exact
 from pyrovae.inference.fit import Fit, versions
 from pyrovae.inference.posterior import Posterior, Program
@@ -44,6 +46,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     learn: bool | None = None,
     max_bytes: int = 2**30,
+    max_evaluations: int = 2**28,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run methods side by side on copies of one model.
@@ -60,6 +63,8 @@ def compare(
         seeds: one run a seed.
         learn: False puts every method that has `infer` into the inference table, also those that could learn.
         max_bytes: memory for the exact reference; where it does not fit, its columns stay blank.
+        max_evaluations: the most joint states x rows that a reference may take (2**28 take about half a minute); its columns
+            stay blank beyond.
         progress: called with a method's name, the number of runs done and their total.
 
     Returns:
@@ -83,13 +88,13 @@ def compare(
     total = (len(learners) + len(inferers)) * len(seeds)
     learned: dict[str, list[_Learned]] = {name: [] for name in learners}
     inferred: dict[str, list[Posterior]] = {name: [] for name in inferers}
-    exact = Exact(max_bytes=max_bytes)
+    exact = partial(_try_exact, Exact(max_bytes=max_bytes), max_evaluations)
     reference: Posterior | None = None
     done = 0
     with isolated_rng():
         with _untouched(model, None, train):
             if inferers:
-                reference = _try_exact(exact, model, train)
+                reference = exact(model, train)
             if test is not None:
                 read_structure(model, test, {})  # data that the model refuses are refused now, not after the learning
         for number, seed in enumerate(seeds):
@@ -209,9 +214,11 @@ class _Learned:
     seconds: float
 
 
-def _learn(model: Program, method: Method, train: tuple[Any, ...], test: tuple[Any, ...] | None, exact: Exact) -> _Learned:
+def _learn(
+    model: Program, method: Method, train: tuple[Any, ...], test: tuple[Any, ...] | None, exact: Callable[..., Posterior | None]
+) -> _Learned:
     fit = method.fit(model, *train)
-    found = [None if data is None else _try_exact(exact, model, data) for data in (train, test)]
+    found = [None if data is None else exact(model, data) for data in (train, test)]
     evidence = [None if posterior is None else posterior.log_evidence for posterior in found]
     return _Learned(fit, model, evidence[0], evidence[1], fit.seconds)
 
@@ -392,12 +399,14 @@ def _mean(values: Tensor | None) -> Any:
     return None if values is None else float(values.mean())
 
 
-def _try_exact(exact: Exact, model: Program, args: tuple[Any, ...]) -> Posterior | None:
-    """The exact posterior, of the discrete twin where latents are relaxed; None where enumeration refuses."""
+def _try_exact(exact: Exact, max_evaluations: int, model: Program, args: tuple[Any, ...]) -> Posterior | None:
+    """The exact posterior, of the discrete twin where latents are relaxed; None where enumeration refuses or is too long."""
     structure = read_structure(model, args, {})
     if any(latent.kind.startswith("relaxed") for latent in structure.latents):
         model = discretize(model)
     try:
+        if ExactLikelihood(max_bytes=exact.max_bytes).model_evaluations(model, *args) > max_evaluations:
+            return None
         return exact.infer(model, *args)
     except ValueError:
         return None

@@ -272,11 +272,13 @@ class _Steps:
 
 def _choose(settings: Settings, net: SigmoidBeliefNet, train: Tensor) -> tuple[tuple[str, ...], list[str]]:
     """The methods to run, and a word on those that were left out."""
+    tables = {"exact EM", "exact gradient", "variational EM", "exact", "mean field"}
     if settings.methods is not None:
+        if tables & set(settings.methods):
+            ExactLikelihood().model_evaluations(net, train)  # what cannot be enumerated is refused before work starts
         return settings.methods, []
     if _fits(net, train):
         return LEARNERS + INFERENCE, []
-    tables = {"exact EM", "exact gradient", "variational EM", "exact", "mean field"}
     kept = tuple(name for name in LEARNERS + INFERENCE if name not in tables)
     return kept, [
         f"{sum(settings.hidden)} hidden units and {len(train)} rows make more than {MAX_EVALUATIONS:,} joint states, so "

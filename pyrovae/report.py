@@ -436,7 +436,7 @@ def _unique(stage: Path, label: str, prefix: str) -> str:
 
 _DPI = 160
 _CAPTIONS = {
-    "curves": "What each method reports while it learns. Only the solid black lines are log p(x); the others are bounds of it.",
+    "curves": "What each method reports while it learns. Only the black lines are log p(x); the others are bounds of it.",
     "learned": "Left: filled, the exact log p(x) of what was learned; hollow, the bound that the method reports. The line "
     "between them is what the method does not know about itself. Right: the same nets on rows that they have not seen.",
     "errors": "How far each method is from the exact answer for one and the same net: its evidence and its marginals.",
@@ -486,19 +486,24 @@ def _settings(described: Mapping[str, Any]) -> str:
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(title)}</th>" for _, title in table.columns)
+    """The numbers as a table, the notes as a list beneath it."""
+    columns = table.columns[:-1]
+    head = "".join(f"<th>{html.escape(title)}</th>" for _, title in columns)
     body = "".join(
-        "<tr>" + "".join(_html_cell(key, cell) for (key, _), cell in zip(table.columns, row, strict=True)) + "</tr>"
+        "<tr>" + "".join(_html_cell(key, cell) for (key, _), cell in zip(columns, row, strict=False)) + "</tr>"
         for row in table.rows
     )
-    caption = f"<caption>{table.task.capitalize()}, nats per datum</caption>"
+    notes = "".join(
+        f"<li><b>{html.escape(row[0].text)}</b>: {html.escape(row[-1].text)}</li>" for row in table.rows if row[-1].text
+    )
     return (
-        f'<div class="scroll"><table class="numbers">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll"><table class="numbers"><caption>{table.task.capitalize()}, nats per datum</caption>'
+        f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><ul class="notes">{notes}</ul>'
     )
 
 
 def _html_cell(key: str, cell: Cell) -> str:
-    text = html.escape(cell.text).replace("-", "−") if key not in ("method", "note") else html.escape(cell.text)
+    text = html.escape(cell.text) if key == "method" else html.escape(cell.text).replace("-", "−")
     if cell.mark and cell.text:
         text = f'<span class="m {cell.mark}" title="{LEGEND[cell.mark]}">{html.escape(SYMBOLS[cell.mark])}</span>&nbsp;{text}'
     tag = "th" if key == "method" else "td"
@@ -518,7 +523,7 @@ def _html_picture(figures: Mapping[str, Figure], caption: str) -> str:
     sources = {shade: f"data:image/png;base64,{_encoded(figure)}" for shade, figure in figures.items()}
     alternative = html.escape(caption)
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark) and (not print)" srcset="{sources["dark"]}">'
+        f'<figure><picture><source media="screen and (prefers-color-scheme: dark)" srcset="{sources["dark"]}">'
         f'<img src="{sources["light"]}" alt="{alternative}"></picture><figcaption>{alternative}</figcaption></figure>'
     )
 
@@ -536,8 +541,8 @@ table.numbers caption{text-align:left;font-weight:600;padding-bottom:.4em}
 table.numbers th,table.numbers td{padding:.35em .6em;text-align:right;vertical-align:top;white-space:nowrap}
 table.numbers thead th{border-bottom:2px solid;font-weight:600;white-space:normal;vertical-align:bottom;min-width:4.5em}
 table.numbers tbody tr+tr>*{border-top:1px solid #8884}
-table.numbers .method,table.numbers .note,table.numbers thead th:first-child,table.numbers thead th:last-child{text-align:left}
-table.numbers .note{white-space:normal;min-width:15em}
+table.numbers .method,table.numbers thead th:first-child{text-align:left}
+ul.notes{padding-left:1.2em;font-size:.93em}
 .m{display:inline-block;min-width:1.25em;text-align:center;border-radius:.3em;font-weight:700;line-height:1.35}
 .m.exact{background:#1a1a1a;color:#fff}.m.lower{background:#bfe0f5;color:#06324d}
 .m.upper{background:#f8d3b8;color:#5c2600}.m.estimate{background:#f3e6a5;color:#4a3b00}
@@ -563,7 +568,7 @@ table.numbers tbody th.method{position:sticky;left:0;background:var(--paper)}
 @media (max-width:40rem){body{font-size:15px;padding:1em .8em 3em}h1{font-size:1.4em}}
 @media print{:root{--ink:#000;--paper:#fff;--soft:#333;--line:#999}body{max-width:none;padding:0;font-size:10pt}
 .scroll{overflow:visible}table.numbers{font-size:7.5pt}table.numbers th,table.numbers td{padding:.25em .35em}
-table.numbers .note{min-width:9em}figure,tr{break-inside:avoid}
+figure,tr{break-inside:avoid}
 .m.exact{background:#1a1a1a!important;color:#fff!important}.m{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 

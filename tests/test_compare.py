@@ -211,7 +211,7 @@ class TestLearningTable:
         net = SigmoidBeliefNet(4, 30)
         x = torch.bernoulli(0.5 * torch.ones(3, 4))
         guide = AmortizedMeanField(net)
-        found = compare(net, x, {"score": Variational(guide, num_steps=2)}, max_bytes=2**16)
+        found = compare(net, x, {"score": Variational(guide, num_steps=2)})
         row = found.learning.loc[0]
         assert all(pd.isna(row[c]) for c in ("log_p_train", "log_p_test", "gap", "difference"))
         assert not pd.isna(row["own_bound"])
@@ -244,7 +244,7 @@ class TestInferenceTable:
         """The gap of a sampled bound, against KL(q‖p) of that guide by enumeration."""
         net, x = small_net(), net_rows(6)
         guide = AmortizedMeanField(net)
-        found = compare(net, x, {"VI": Variational(guide, num_samples=4000)})
+        found = compare(net, x, {"VI": Variational(guide, num_samples=4000)}, learn=False)
         row = found.inference.loc[0]
         states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).unsqueeze(1).expand(8, 6, 3)
         log_q = found.posteriors["VI"].log_prob({"h1": states})
@@ -274,7 +274,7 @@ class TestInferenceTable:
     def test_without_a_reference(self):
         net = SigmoidBeliefNet(4, 30)
         x = torch.bernoulli(0.5 * torch.ones(3, 4))
-        found = compare(net, x, {"VI": Variational(AmortizedMeanField(net), num_samples=10)}, learn=False, max_bytes=2**16)
+        found = compare(net, x, {"VI": Variational(AmortizedMeanField(net), num_samples=10)}, learn=False)
         assert found.reference is None
         assert all(pd.isna(found.inference[c][0]) for c in ("gap", "kl", "marginal_error"))
 

@@ -1,0 +1,56 @@
+"""Every example and every Python block of the README runs; each example checks its own result."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+STEPS = {"know_your_error": 300, "nuts_on_your_program": 60, "our_guide_in_stock_svi": 60}
+
+
+@pytest.fixture
+def single():
+    """float32, as a user's process begins."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("single")
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_example(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--steps", str(STEPS[path.stem])])
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def blocks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.usefixtures("single")
+def test_readme(capsys):
+    """The blocks run one after another in one namespace, as a reader would type them."""
+    found = blocks()
+    assert found
+    namespace = {"__name__": "readme"}
+    for number, block in enumerate(found):
+        exec(compile(block, f"README block {number}", "exec"), namespace)
+    assert "| exact |" in capsys.readouterr().out
+
+
+def test_readme_opens_short():
+    assert len(blocks()[0].strip().splitlines()) <= 20
+
+
+def test_readme_links():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
