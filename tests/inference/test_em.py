@@ -38,7 +38,7 @@ def test_exact_em_never_falls(penalty, hidden):
     losses = torch.tensor([record["loss"] for record in fit.history])
     assert float(losses.diff().max()) <= 40 * 1e-9
     assert float(losses[0] - losses[-1]) > 1
-    assert math.isclose(fit.history[-1]["loss"], float(penalised(net, x, penalty)), rel_tol=1e-12)
+    assert math.isclose(fit.history[-1]["loss"], float(penalised(net, x, penalty).detach()), rel_tol=1e-12)
     assert math.isclose(fit.history[-1]["bound"], float(Exact().infer(net, x).log_evidence.mean()), rel_tol=1e-12)
     assert math.isclose(fit.history[-1]["validation"], float(Exact().infer(net, x[:5]).log_evidence.mean()), rel_tol=1e-12)
     assert [record["step"] for record in fit.history] == list(range(26))
@@ -48,19 +48,19 @@ def test_exact_em_never_falls(penalty, hidden):
 
 
 def test_fixed_point_is_stationary_and_the_exact_gradient_agrees():
-    penalty = 2.0
+    penalty = 5.0
     net, x = learnable()
 
     def slope():
         return max(float(g.abs().max()) for g in torch.autograd.grad(penalised(net, x, penalty), list(net.parameters())))
 
     assert slope() > 1
-    EM(num_iterations=400, m_steps=10, penalty=penalty).fit(net, x)
+    EM(num_iterations=100, m_steps=10, penalty=penalty).fit(net, x)
     assert slope() < 1e-4
-    by_em = float(penalised(net, x, penalty))
+    by_em = float(penalised(net, x, penalty).detach())
     other, _ = learnable()
-    Variational(None, ExactLikelihood(), penalty=penalty, num_steps=600, optim=partial(torch.optim.Adam, lr=0.03)).fit(other, x)
-    assert abs(float(penalised(other, x, penalty)) - by_em) < 1e-3 * 40
+    Variational(None, ExactLikelihood(), penalty=penalty, num_steps=300, optim=partial(torch.optim.Adam, lr=0.03)).fit(other, x)
+    assert abs(float(penalised(other, x, penalty).detach()) - by_em) < 1e-3 * 40
 
 
 def test_closed_form_m_step_is_the_numeric_one():

@@ -67,7 +67,6 @@ class Gibbs:
         with torch.no_grad():
             log_joint = LogJoint(model, args, kwargs)
             latents = finite_latents(log_joint.structure, "Gibbs", "MCMC(NUTS(model), ...)")
-            check_conditionals(log_joint)
             sweep, evaluations = make_sweep(log_joint, self.num_chains, self.max_bytes)
             sweep.start({latent.name: uniform_codes(latent, self.num_chains) for latent in latents})
             for _ in range(self.warmup_steps):
@@ -143,7 +142,11 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def make_sweep(log_joint: LogJoint, chains: int, max_bytes: int) -> tuple[TableSweep | ProgramSweep, int]:
-    """How to sweep a program, and the model evaluations that this took: by table where there is one level and it fits."""
+    """How to sweep a program, and the model evaluations that this took: by table where there is one level and it fits.
+
+    Raises:
+        ValueError: if the conditionals cannot be had for many states, or for the rows of a plate, at once.
+    """
     latents = log_joint.structure.latents
     states = math.prod(latent.num_states for latent in latents)
     rows = math.prod(latents[0].batch_shape)
@@ -151,10 +154,11 @@ def make_sweep(log_joint: LogJoint, chains: int, max_bytes: int) -> tuple[TableS
         try:
             space = Enumeration(log_joint.program, log_joint.args, log_joint.kwargs, max_bytes=max_bytes, method="Gibbs")
         except ValueError:
-            pass  # the program's own log joint is the general way
+            pass  # the program's own log joint is the general way, or the checks below say what is wrong
         else:
             if len(space.chunks) == 1:
                 return TableSweep(space, chains), space.num_evaluations
+    check_conditionals(log_joint)
     return ProgramSweep(log_joint, chains), 0
 
 

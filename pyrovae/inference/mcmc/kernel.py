@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrovae.handlers.structure import finite_latents
 from pyrovae.inference.log_joint import LogJoint
-from pyrovae.inference.mcmc.gibbs import check_conditionals, make_sweep, uniform_codes
+from pyrovae.inference.mcmc.gibbs import make_sweep, uniform_codes
 from pyrovae.inference.mcmc.sweeps import ProgramSweep, TableSweep
 from pyrovae.inference.posterior import Program
 
@@ -51,7 +51,6 @@ class GibbsKernel(MCMCKernel):
         with torch.no_grad():
             self._log_joint = LogJoint(self.model, args, kwargs)
             finite_latents(self._log_joint.structure, "Gibbs", "NUTS")
-            check_conditionals(self._log_joint)
             self._sweep = make_sweep(self._log_joint, 1, self.max_bytes)[0]
 
     @property
