@@ -104,7 +104,9 @@ def run(settings: Settings, progress: Progress | None = None) -> MainJob:
         net = SigmoidBeliefNet(train.shape[1], list(settings.hidden))
     methods, left_out = _choose(settings, net, train)
     notes += left_out
-    learners = {n: m for n, m in learning_methods(net, len(train), settings.budget, settings.penalty).items() if n in methods}
+    with isolated_rng(settings.seeds[0]):  # guides draw their weights
+        known = learning_methods(net, len(train), settings.budget, settings.penalty)
+    learners = {name: method for name, method in known.items() if name in methods}
     inferers = [name for name in INFERENCE if name in methods]
     preparing = ["guide"] if {"amortised VI", "importance"} & set(inferers) else []
     if inferers and not learners:
@@ -126,8 +128,7 @@ def run(settings: Settings, progress: Progress | None = None) -> MainJob:
     else:
         tell("a net to infer on")
         name = "exact EM" if _fits(net, train) else "relaxation"
-        learning_for = {name: learning_methods(net, len(train), settings.budget, settings.penalty)[name]}
-        learned = compare(net, train, learning_for, seeds=settings.seeds[:1])
+        learned = compare(net, train, {name: known[name]}, seeds=settings.seeds[:1])
     source = learning if learning is not None else learned
     assert source.learning is not None
     best = "exact EM" if "exact EM" in source.models else _best(source)
@@ -138,7 +139,8 @@ def run(settings: Settings, progress: Progress | None = None) -> MainJob:
         if "guide" in preparing:
             tell("guide")
             guide = _trained_guide(fitted, train, settings)
-        chosen = inference_methods(fitted, len(test), settings.budget, guide)
+        with isolated_rng(settings.seeds[0]):
+            chosen = inference_methods(fitted, len(test), settings.budget, guide)
         inference = compare(
             fitted,
             test,

@@ -73,7 +73,12 @@ def learning_curves(comparison: Comparison, *, dark: bool = False) -> Figure | N
     axes.set_xlabel("seconds")
     axes.set_ylabel("nats per datum, training")
     bounded = any(comparison.fits[name].bound != "exact" for name in curves)
-    _title(figure, look, "What each method reports while it learns", "black: exact log p(x);  colour: a bound of it" * bounded)
+    _title(
+        figure,
+        look,
+        "What each method reports while it learns",
+        f"{'white' if dark else 'black'}: exact log p(x);  colour: a bound of it" if bounded else "",
+    )
     return figure
 
 

@@ -436,7 +436,7 @@ def _unique(stage: Path, label: str, prefix: str) -> str:
 
 _DPI = 160
 _CAPTIONS = {
-    "curves": "What each method reports while it learns. Only the black lines are log p(x); the others are bounds of it.",
+    "curves": "What each method reports while it learns. Only the lines without colour are log p(x); the others are bounds of it.",
     "learned": "Left: filled, the exact log p(x) of what was learned; hollow, the bound that the method reports. The line "
     "between them is what the method does not know about itself. Right: the same nets on rows that they have not seen.",
     "errors": "How far each method is from the exact answer for one and the same net: its evidence and its marginals.",
@@ -539,7 +539,7 @@ _TABLE_STYLE = """
 table.numbers{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92em;width:100%}
 table.numbers caption{text-align:left;font-weight:600;padding-bottom:.4em}
 table.numbers th,table.numbers td{padding:.35em .6em;text-align:right;vertical-align:top;white-space:nowrap}
-table.numbers thead th{border-bottom:2px solid;font-weight:600;white-space:normal;vertical-align:bottom;min-width:4.5em}
+table.numbers thead th{border-bottom:2px solid;font-weight:600;white-space:normal;vertical-align:bottom;min-width:5.5em}
 table.numbers tbody tr+tr>*{border-top:1px solid #8884}
 table.numbers .method,table.numbers thead th:first-child{text-align:left}
 ul.notes{padding-left:1.2em;font-size:.93em}
@@ -565,7 +565,7 @@ table.plain{border-collapse:collapse;font-size:.88em}table.plain th{text-align:l
 table.plain th,table.plain td{padding:.2em .8em .2em 0;vertical-align:top}
 summary{cursor:pointer;font-weight:600;margin:.6em 0}
 table.numbers tbody th.method{position:sticky;left:0;background:var(--paper)}
-@media (max-width:40rem){body{font-size:15px;padding:1em .8em 3em}h1{font-size:1.4em}}
+@media (max-width:40rem){picture{display:block;overflow-x:auto}img{max-width:none;width:38rem}body{font-size:15px;padding:1em .8em 3em}h1{font-size:1.4em}}
 @media print{:root{--ink:#000;--paper:#fff;--soft:#333;--line:#999}body{max-width:none;padding:0;font-size:10pt}
 .scroll{overflow:visible}table.numbers{font-size:7.5pt}table.numbers th,table.numbers td{padding:.25em .35em}
 figure,tr{break-inside:avoid}

@@ -79,6 +79,19 @@ def test_inference_alone(runner, tmp_path):
     assert "on the net that exact EM learned" in " ".join(result.stdout.split())
 
 
+def test_one_seed_one_result():
+    settings = main_job.Settings(data="bars_and_stripes", hidden=(3,), rows=30, budget=0.005)
+    found = []
+    for extra in (1, 4):
+        torch.rand(extra)
+        found.append(main_job.run(settings))
+    for task in ("learning", "inference"):
+        tables = [getattr(getattr(job, task), task).drop(columns=["seconds"]) for job in found]
+        assert tables[0].equals(tables[1])
+    other = main_job.run(main_job.Settings(data="bars_and_stripes", hidden=(3,), rows=30, budget=0.005, seeds=(1,)))
+    assert not (other.learning.learning["log_p_train"] == found[0].learning.learning["log_p_train"]).any()
+
+
 def test_help(runner):
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
