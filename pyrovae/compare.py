@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro
+import pyro.infer
 import torch
 from torch import Tensor, nn
 
@@ -475,9 +476,22 @@ def _rows(args: tuple[Any, ...]) -> int:
     return len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 1
 
 
-def _describe(method: Method) -> dict[str, Any]:
-    """The settings of a method that JSON can hold."""
+def _describe(method: Any) -> dict[str, Any]:
+    """The settings of a method that JSON can hold; of an E-step, an objective and an optimizer too."""
+    if isinstance(method, partial):
+        return {"class": getattr(method.func, "__name__", "partial"), **_numbers(method.keywords)}
     settings = vars(method) if hasattr(method, "__dict__") else {}
+    described = {"class": type(method).__name__, **_numbers(settings)}
+    if isinstance(method, pyro.infer.ELBO):
+        return {key: described[key] for key in ("class", "num_particles", "max_bytes") if key in described}
+    for name, value in settings.items():
+        if isinstance(value, (partial, pyro.infer.ELBO)) or hasattr(value, "infer"):
+            described[name] = _describe(value)
+        elif name not in described and not isinstance(value, float):
+            described[name] = type(value).__name__
+    return described
+
+
+def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
     plain = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool, type(None)))}
-    others = {k: type(v).__name__ for k, v in settings.items() if k not in plain}
-    return {"class": type(method).__name__, **plain, **others}
+    return {k: v for k, v in plain.items() if not isinstance(v, float) or math.isfinite(v)}

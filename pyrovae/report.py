@@ -436,7 +436,7 @@ def _unique(stage: Path, label: str, prefix: str) -> str:
 
 _DPI = 160
 _CAPTIONS = {
-    "curves": "What each method reports while it learns. Only the lines without colour are log p(x); the others are bounds of it.",
+    "curves": "What each method reports while it learns. Lines without colour are exact log p(x); the others are bounds of it.",
     "learned": "Left: filled, the exact log p(x) of what was learned; hollow, the bound that the method reports. The line "
     "between them is what the method does not know about itself. Right: the same nets on rows that they have not seen.",
     "errors": "How far each method is from the exact answer for one and the same net: its evidence and its marginals.",
@@ -481,8 +481,12 @@ def _page(comparisons: Mapping[str, Comparison], title: str, grids: Mapping[str,
 
 def _settings(described: Mapping[str, Any]) -> str:
     shown = {key: value for key, value in described.items() if key != "class" and value is not None and value is not False}
-    inner = ", ".join(f"{key}={value}" for key, value in shown.items())
+    inner = ", ".join(f"{key}={_settings(v) if isinstance(v, Mapping) else _short(v)}" for key, v in shown.items())
     return f"{described['class']}({inner})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _html_table(table: Table) -> str:
@@ -536,7 +540,7 @@ def _encoded(figure: Figure) -> str:
 
 _TABLE_STYLE = """
 .scroll{overflow-x:auto;margin:1em 0}
-table.numbers{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92em;width:100%}
+table.numbers{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.88em;width:100%}
 table.numbers caption{text-align:left;font-weight:600;padding-bottom:.4em}
 table.numbers th,table.numbers td{padding:.35em .6em;text-align:right;vertical-align:top;white-space:nowrap}
 table.numbers thead th{border-bottom:2px solid;font-weight:600;white-space:normal;vertical-align:bottom;min-width:5.5em}
@@ -565,7 +569,8 @@ table.plain{border-collapse:collapse;font-size:.88em}table.plain th{text-align:l
 table.plain th,table.plain td{padding:.2em .8em .2em 0;vertical-align:top}
 summary{cursor:pointer;font-weight:600;margin:.6em 0}
 table.numbers tbody th.method{position:sticky;left:0;background:var(--paper)}
-@media (max-width:40rem){picture{display:block;overflow-x:auto}img{max-width:none;width:38rem}body{font-size:15px;padding:1em .8em 3em}h1{font-size:1.4em}}
+@media (max-width:40rem){picture{display:block;overflow-x:auto}img{max-width:none;width:38rem}
+body{font-size:15px;padding:1em .8em 3em}h1{font-size:1.4em}}
 @media print{:root{--ink:#000;--paper:#fff;--soft:#333;--line:#999}body{max-width:none;padding:0;font-size:10pt}
 .scroll{overflow:visible}table.numbers{font-size:7.5pt}table.numbers th,table.numbers td{padding:.25em .35em}
 figure,tr{break-inside:avoid}

@@ -326,13 +326,17 @@ class TestSorting:
 
 def test_metadata():
     net, x = small_net(), net_rows(6)
-    found = compare(net, x, {"EM": EM(Exact(), 1, penalty=0.5)}, x_test=x[:2], seeds=(4,))
+    methods = {"EM": EM(Gibbs(7, 2, 1), 1, penalty=0.5), "VI": Variational(AmortizedMeanField(net), num_steps=2)}
+    found = compare(net, x, methods, x_test=x[:2], seeds=(4,))
     about = found.metadata
     assert about["seeds"] == [4]
     assert (about["rows"], about["test_rows"]) == (6, 2)
     assert {"python", "torch", "pyro-ppl", "pyrovae"} <= set(about["versions"])
     assert about["methods"]["EM"]["class"] == "EM"
     assert about["methods"]["EM"]["penalty"] == 0.5
+    assert about["methods"]["EM"]["e_step"]["num_samples"] == 7
+    assert about["methods"]["VI"]["elbo"]["num_particles"] == 10
+    assert about["methods"]["VI"]["optim"] == {"class": "Adam", "lr": 0.01}
     json.dumps(about)
 
 
