@@ -145,7 +145,7 @@ class ExactPosterior(TabulatedPosterior):
                     f"{tuple(value.shape)}; f must treat rows apart, average over posterior.sample(n) otherwise"
                 )
             weights = weights.reshape(weights.shape + (1,) * (value.dim() - weights.dim()))
-            part = (weights.to(value.dtype) * value).sum(0)
+            part = (weights.to(value.dtype) * value if value.is_floating_point() else weights * value).sum(0)
             total = part if total is None else total + part
         assert total is not None
         return total, torch.zeros_like(total)

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.handlers import Module
+from pyrovae.handlers import Module, own_params
 from pyrovae.models.program import data_plate
 
 
@@ -90,7 +90,7 @@ class SigmoidBeliefNet(Module):
     def sample(self, n: int) -> Tensor:
         """`n` draws from the model, `[n, visible]`."""
         with pyro.poutine.block():
-            return self(batch_size=n)
+            return own_params(self)(batch_size=n)
 
     def mirror(self) -> nn.Sequential:
         """An encoder in the shape of the net, for a mean-field guide.
