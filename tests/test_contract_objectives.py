@@ -1,12 +1,22 @@
 """What every objective keeps, stock or ours, one row an objective."""
 
 import copy
+import math
 
 import pyro
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceGraph_ELBO,
+)
 
 from pyrovae.guides import AmortizedMeanField
 from pyrovae.inference import Exact, ExactLikelihood, Variational
@@ -18,6 +28,12 @@ OBJECTIVES = {
     "Trace_ELBO": (lambda: Trace_ELBO(num_particles=3), True),
     "Trace_ELBO vectorized": (lambda: Trace_ELBO(num_particles=3, vectorize_particles=True), True),
     "TraceGraph_ELBO": (TraceGraph_ELBO, True),
+    "RenyiELBO": (lambda: RenyiELBO(alpha=0.5, num_particles=3, vectorize_particles=True), True),
+    "ReweightedWakeSleep": (lambda: ReweightedWakeSleep(num_particles=3), True),
+    "ReweightedWakeSleep, one after the other": (
+        lambda: ReweightedWakeSleep(num_particles=3, vectorize_particles=False),
+        True,
+    ),
 }
 OURS = [name for name in OBJECTIVES if "Exact" in name]
 each = pytest.mark.parametrize("name", OBJECTIVES)
@@ -40,7 +56,9 @@ def test_fits_under_variational(name):
     settings = vars(elbo).copy()
     fit = Variational(guide, elbo, num_steps=2).fit(net, x)
     assert [k for k, v in net.state_dict().items() if torch.equal(v, before[k])] == []
-    assert fit.model_evaluations == 2 * 6 * (8 if guide is None else getattr(elbo, "num_particles", 1))
+    steps, records = 2 * 6 * (8 if guide is None else elbo.num_particles), 3 * 6 * (8 if guide is None else 10)
+    assert fit.model_evaluations == steps + records
+    assert all(math.isfinite(record["loss"]) for record in fit.history[1:])
     assert vars(elbo) == settings  # the caller's objective keeps no trace of the run
     assert list(pyro.get_param_store()) == []
 
@@ -50,10 +68,26 @@ def test_serves_stock_svi(name):
     elbo, net, guide, x = build(name)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     svi = SVI(net, guide or (lambda x: None), pyro.optim.Adam({"lr": 0.01}), elbo)
-    loss = svi.step(x)
-    assert isinstance(loss, float)
-    assert isinstance(svi.evaluate_loss(x), float)
+    for loss in (svi.step(x), svi.evaluate_loss(x)):
+        assert all(isinstance(part, float) for part in (loss if isinstance(loss, tuple) else (loss,)))
     assert [k for k, v in net.state_dict().items() if torch.equal(v, before[k])] == []
+
+
+def test_several_losses_are_added():
+    class Fixed(ReweightedWakeSleep):
+        def loss_and_grads(self, *args, **kwargs):
+            super().loss_and_grads(*args, **kwargs)
+            return 2.0, 3.5
+
+    _, net, guide, x = build("ReweightedWakeSleep")
+    assert Variational(guide, Fixed(), num_steps=1).fit(net, x).history[-1]["loss"] == 5.5
+
+
+@pytest.mark.parametrize("elbo", [JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO])
+def test_compiled_objectives_are_refused(elbo):
+    _, _, guide, _ = build("Trace_ELBO")
+    with pytest.raises(ValueError, match=f"got {elbo.__name__}, .* use {elbo.__name__[3:]}$"):
+        Variational(guide, elbo(ignore_jit_warnings=True))
 
 
 @ours

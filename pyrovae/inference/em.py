@@ -13,7 +13,7 @@ from tqdm.auto import trange
 
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.exact import Exact
-from pyrovae.inference.fit import Fit, check_penalty, snapshot, squared_norm, versions
+from pyrovae.inference.fit import Fit, check_penalty, snapshot, squared_norm, state_of, versions
 from pyrovae.inference.posterior import Posterior, Program
 
 
@@ -105,7 +105,7 @@ class EM:
         return Fit(
             history=tuple(history),
             bound=posterior.bound,
-            states={"model": snapshot(leaves)},
+            states={"model": state_of(model, leaves)},
             seconds=time.perf_counter() - begin,
             model_evaluations=evaluations,
             seed=seed,

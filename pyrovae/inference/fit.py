@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -23,9 +24,14 @@ class Fit:
             included), `bound` (log p(x) or a bound of it as `bound` says, per datum in nats, discrete latents and KL weight
             1, None where the method has none), `stderr`, `validation` (the same on validation data, or None) and `seconds`.
         bound: what the histories' `bound` is.
-        states: detached parameters at the end, `{"model": {name: tensor}, "guide": …}`.
+        states: what was learned, at the end, `{"model": …, "guide": …}`, detached copies. Of a module it is its
+            `state_dict()`, also where `relax` and the like wrap it: `net.load_state_dict(fit.states["model"])`. Of a plain
+            function it is `{name: value}` by the names that Pyro gives its parameters (`"net$$$weight"` under
+            `pyro.module("net", …)`); the value of a constrained `pyro.param` is the constrained one.
         seconds: wall time.
-        model_evaluations: values of log p(x, z) of one datum at one z that were computed, one gradient counted once.
+        model_evaluations: values of log p(x, z) of one datum at one z that were computed, one gradient counted once; those
+            for the history's bounds (of `Variational`) included. EM counts its E-steps (without those on validation data),
+            and one evaluation of Q, which reads the data once an E-step or less, as one.
         seed: the seed of torch's generator at the start.
         penalty: the precision λ of the Gaussian prior on the model's parameters, −λ/2 ‖θ‖² in the objective.
         versions: of Python and the packages that matter.
@@ -51,6 +57,23 @@ def versions() -> dict[str, str]:
         "pyro-ppl": version("pyro-ppl"),
         "pyrovae": __version__,
     }
+
+
+def state_of(program: Callable[..., Any] | None, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a program has learned: a module's `state_dict()`, else the values of its parameters by name; detached copies.
+
+    Args:
+        program: a Pyro program, perhaps wrapped (by `relax`, `own_params`); None for parameters without one.
+        leaves: its unconstrained parameters, by name.
+    """
+    inner: Any = program
+    while not isinstance(inner, torch.nn.Module) and hasattr(inner, "program"):
+        inner = inner.program  # what `relax` and the like have wrapped
+    if isinstance(inner, torch.nn.Module):
+        return snapshot(inner.state_dict())
+    store = pyro.get_param_store()
+    kept = {name for name, leaf in leaves.items() if store._params.get(name) is leaf}
+    return snapshot({name: store[name] if name in kept else leaf for name, leaf in leaves.items()})
 
 
 def snapshot(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from pyrovae.handlers.own_params import own_params
 from pyrovae.handlers.relax import relax
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
-from pyrovae.inference.fit import squared_norm
+from pyrovae.inference.fit import squared_norm, state_of
+from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class Optimization:
         self.frozen = set() if learn_model else {id(leaf) for leaf in self.leaves["model"].values()}
         self.penalty = method.penalty if learn_model else 0.0
         self.elbo = copy.deepcopy(method.elbo)
+        self.first = first
+        if method.elbo_is_default:
+            self.elbo.vectorize_particles = self._broadcasts()
         if math.isinf(getattr(self.elbo, "max_plate_nesting", 0)):  # what Pyro would guess by a run of both, and print
             self.elbo.max_plate_nesting = depth + (self.elbo.vectorize_particles and self.elbo.num_particles > 1)
         self.optimizer: Any = None  # made at the first step, when the objective's own parameters are known
@@ -99,7 +103,7 @@ class Optimization:
             leaf.grad = None
         self.met.clear()
         with poutine.trace(param_only=True) as used:
-            loss = float(self.elbo.loss_and_grads(*self.programs, *args, **kwargs)) * scale
+            loss = self._loss_and_grads(args, kwargs) * scale
         self._check_met()
         if self.optimizer is None:
             self._make_optimizer(used.trace)
@@ -122,6 +126,33 @@ class Optimization:
                 leaf.grad.add_(leaf.detach(), alpha=self.penalty)
         self._move()
         return loss
+
+    def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        try:
+            loss = self.elbo.loss_and_grads(*self.programs, *args, **kwargs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not self._vectorised() or self._broadcasts():
+                raise
+            raise ValueError(
+                f"expected programs that broadcast over a dim of {self.elbo.num_particles} particles on the left for an "
+                f"objective with vectorize_particles=True, got {type(error).__name__}: {str(error).splitlines()[0]}; give the "
+                "objective vectorize_particles=False, or write the programs with dims counted from the right"
+            ) from error
+        return sum(map(float, loss)) if isinstance(loss, tuple) else float(loss)
+
+    def _vectorised(self) -> bool:
+        return bool(getattr(self.elbo, "vectorize_particles", False)) and getattr(self.elbo, "num_particles", 1) > 1
+
+    def _broadcasts(self) -> bool:
+        """Whether one run of the programs serves many particles."""
+        programs = (self.model,) if self.method.guide is None else (self.model, self.method.guide)
+        return all(LogJoint(program, self.first, self.kwargs).broadcasts for program in programs)
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """What model, guide and the objective itself (its baselines) have learned so far, of those that have parameters."""
+        programs = {"model": self.model, "guide": self.method.guide}
+        found = {name: state_of(programs.get(name), leaves) for name, leaves in self.leaves.items()}
+        return {name: state for name, state in found.items() if state}
 
     def _named(self) -> dict[str, Tensor]:
         """What is learned, by name; a parameter of model and guide stands once."""

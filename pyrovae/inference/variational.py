@@ -23,6 +23,7 @@ from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.optimization import Optimization
 from pyrovae.inference.posterior import Bound, Program, States
 from pyrovae.inference.weighing import draw, weigh
+from pyrovae.ops import isolated_rng
 
 Optimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer] | Any  # or a pyro.optim.PyroOptim
 
@@ -43,7 +44,9 @@ class Variational:
 
     Args:
         guide: a Pyro guide with the model's arguments; None for objectives without one.
-        elbo: an objective, stock or ours; default `Trace_ELBO` with 10 vectorised particles.
+        elbo: an objective, stock or ours; default `Trace_ELBO` with 10 particles, vectorised where both programs broadcast
+            on the left, else one after the other. The loss of an objective that returns several (`ReweightedWakeSleep`, whose
+            weights are those of a whole batch) is their sum. Pyro's `Jit…` objectives are refused.
         optim: a function from parameters to a torch optimizer (`partial(torch.optim.Adam, lr=1e-2)`, the default) or a
             Pyro optimizer.
         num_steps: gradient steps of `fit`.
@@ -53,13 +56,14 @@ class Variational:
         num_guide_steps: steps of `infer` on the guide.
         num_samples: draws per datum of the reported bound and posterior.
         penalty: λ, the precision of a Gaussian prior on every parameter of the model.
-        preprocess: applied to the first argument at every step, such as `pyrovae.data.binarize`.
+        preprocess: applied to the first argument at every step, at every record of the bound and once by `infer`, such as
+            `pyrovae.data.binarize`.
         log_every: steps between records of the bound (by `num_log_samples` draws); default 20 records in all.
         num_log_samples: draws per datum of those records.
         progress: show a progress bar.
 
     Raises:
-        ValueError: for numbers out of range, or neither guide nor a guide-free objective.
+        ValueError: for numbers out of range, an objective that cannot run here, or neither guide nor a guide-free objective.
 
     References:
         Automated Variational Inference in Probabilistic Programming (Wingate and Weber, 2013)
@@ -96,7 +100,13 @@ class Variational:
             raise ValueError("expected a guide, got None; only Variational(None, ExactLikelihood()) needs none")
         if guide is None and temperature is not None:
             raise ValueError("expected no temperature without a guide: exact gradient learning relaxes nothing")
-        self.guide = guide
+        if any(base.__name__.startswith("Jit") and base.__module__.startswith("pyro.") for base in type(elbo).__mro__):
+            name = type(elbo).__name__
+            raise ValueError(
+                f"expected an objective that runs the programs at every step, got {name}, which compiles them once with the "
+                f"parameters of Pyro's global store; use {name.removeprefix('Jit')}"
+            )
+        self.guide, self.elbo_is_default = guide, elbo is None
         self.elbo = pyro.infer.Trace_ELBO(num_particles=10, vectorize_particles=True) if elbo is None else elbo
         self.optim = partial(torch.optim.Adam, lr=1e-2) if optim is None else optim
         self.num_steps, self.batch_size, self.temperature = num_steps, batch_size, temperature
@@ -115,7 +125,8 @@ class Variational:
             **kwargs: its keyword arguments.
 
         Raises:
-            ValueError: if there is nothing to learn, or the programs meet a parameter that the optimizer lacks.
+            ValueError: if there is nothing to learn, the programs meet a parameter that the optimizer lacks, or the particles
+                of `elbo` are vectorised and the programs do not broadcast.
             FloatingPointError: if the loss is no longer finite; parameters stay as they were before that step.
         """
         begin, seed = time.perf_counter(), torch.initial_seed()
@@ -133,7 +144,7 @@ class Variational:
         return Fit(
             history=tuple(history),
             bound=self._bound,
-            states={name: snapshot(leaves) for name, leaves in run.leaves.items() if leaves},
+            states=run.states(),
             seconds=time.perf_counter() - begin,
             model_evaluations=run.evaluations,
             seed=seed,
@@ -146,7 +157,8 @@ class Variational:
 
         Args:
             model: a Pyro program; its parameters stay as they are.
-            *args: its arguments, the data first.
+            *args: its arguments, the data first. A `preprocess` is applied to it: at every step on the guide, and once for
+                the posterior, which is that of one draw of the preprocessed data where `preprocess` is random.
             **kwargs: its keyword arguments.
 
         Returns:
@@ -164,7 +176,7 @@ class Variational:
             with Optimization(self, model, args, kwargs, learn_model=False) as run:
                 losses = [run.step(step) for step in trange(self.num_guide_steps, desc="guide", disable=not self.progress)]
             evaluations = run.evaluations
-        log_joint = LogJoint(model, args, kwargs)
+        log_joint = LogJoint(model, self._prepared(args), kwargs)
         states, log_w = weigh(log_joint, self.guide, self.num_samples)
         latents, rows = log_joint.structure.latents, log_joint.structure.batch_shape.numel()
         return VariationalPosterior(
@@ -187,13 +199,15 @@ class Variational:
     def _record(
         self, run: Optimization, step: int, losses: list[float], held_out: tuple[Any, ...] | None, begin: float
     ) -> dict[str, Any]:
-        bound, stderr = self._evaluate(run.model, run.args, run.kwargs)
+        with isolated_rng():  # looking at the bound does not change the training
+            bound, stderr = self._evaluate(run, run.args)
+            validation = None if held_out is None else self._evaluate(run, held_out)[0]
         return {
             "step": step,
             "loss": sum(losses) / len(losses) if losses else None,
             "bound": bound,
             "stderr": stderr,
-            "validation": None if held_out is None else self._evaluate(run.model, held_out, run.kwargs)[0],
+            "validation": validation,
             "seconds": time.perf_counter() - begin,
         }
 
@@ -201,7 +215,8 @@ class Variational:
         """Arguments of the validation data; None where the guide has no parameters for other rows, but one set a datum."""
         if validation is None:
             return None
-        args = self._prepared(validation if isinstance(validation, tuple) else (validation,))
+        with isolated_rng():
+            args = self._prepared(validation if isinstance(validation, tuple) else (validation,))
         read_structure(model, args, kwargs)  # data that the model refuses are an error
         try:
             if self.guide is not None:
@@ -213,14 +228,18 @@ class Variational:
     def _prepared(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args if self.preprocess is None or not args else (self.preprocess(args[0]), *args[1:])
 
-    def _evaluate(self, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
-        """The bound per datum, and its standard error."""
+    def _evaluate(self, run: Optimization, args: tuple[Any, ...]) -> tuple[float, float]:
+        """The bound per datum, and its standard error; the evaluations that it takes count as the run's."""
         args = self._prepared(args)
         if self.guide is None:
             assert isinstance(self.elbo, ExactLikelihood)
-            return float(Exact(max_bytes=self.elbo.max_bytes).infer(model, *args, **kwargs).log_evidence.mean()), 0.0  # type: ignore[union-attr]
-        log_w = weigh(LogJoint(model, args, kwargs), self.guide, self.num_log_samples)[1]
+            posterior = Exact(max_bytes=self.elbo.max_bytes).infer(run.model, *args, **run.kwargs)
+            run.evaluations += int(posterior.diagnostics["model_evaluations"])
+            assert posterior.log_evidence is not None
+            return float(posterior.log_evidence.mean()), 0.0
+        log_w = weigh(LogJoint(run.model, args, run.kwargs), self.guide, self.num_log_samples)[1]
         rows = max(1, log_w[0].numel())
+        run.evaluations += log_w.numel()
         return float(log_w.mean()), float((log_w.var(0) / log_w.shape[0]).sum().sqrt() / rows)
 
 
@@ -253,7 +272,7 @@ class _FrozenGuide:
     def sample(self, n: int) -> States:
         joint = self.log_joint
         with torch.no_grad(), frozen_leaves(self.leaves, self.values):
-            return draw(self.guide, joint.args, joint.kwargs, n, joint.structure, vectorized=joint.broadcasts)[0]
+            return draw(self.guide, joint, n).states
 
     def log_prob(self, z: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad(), frozen_leaves(self.leaves, self.values):

@@ -44,7 +44,8 @@ def test_exact_em_never_falls(penalty, hidden):
     assert [record["step"] for record in fit.history] == list(range(26))
     assert fit.bound == "exact"
     assert set(fit.history[0]) == {"step", "loss", "bound", "stderr", "validation", "seconds"}
-    assert all(any(torch.equal(value, p) for p in net.parameters()) for value in fit.states["model"].values())
+    assert set(fit.states["model"]) == set(net.state_dict())
+    assert all(torch.equal(value, fit.states["model"][name]) for name, value in net.state_dict().items())
 
 
 def test_fixed_point_is_stationary_and_the_exact_gradient_agrees():
@@ -123,6 +124,7 @@ def test_plain_function_with_constrained_params():
     fit = EM(num_iterations=30).fit(model, x)
     assert float(pyro.param("scale").detach()) < 1.5
     assert set(fit.states["model"]) == {"weight", "scale", "mean"}
+    assert all(torch.equal(value, pyro.param(name).detach()) for name, value in fit.states["model"].items())
     assert 2 < float(pyro.param("mean").detach().abs().min()) < 4
     assert fit.history[-1]["bound"] > fit.history[0]["bound"]
 

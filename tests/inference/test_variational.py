@@ -18,6 +18,8 @@ from torch.distributions import constraints
 
 from pyrovae import data
 from pyrovae.guides import AmortizedMeanField, LocalMeanField
+from pyrovae.handlers import own_params, relax
+from pyrovae.handlers.relax import RewrittenProgram
 from pyrovae.inference import Exact, ExactLikelihood, Variational
 from pyrovae.inference.optimization import Optimization
 from pyrovae.models import toy
@@ -109,7 +111,7 @@ def test_exact_likelihood_learns():
     assert math.isclose(fit.history[-1]["bound"], float(Exact().infer(net, x).log_evidence.mean()), rel_tol=1e-12)
     assert fit.history[-1]["validation"] == fit.history[-1]["bound"]
     assert fit.history[-1]["stderr"] == 0
-    assert fit.model_evaluations == 60 * 60 * 8
+    assert fit.model_evaluations == 60 * 60 * 8 + 2 * 21 * 60 * 8  # the steps, and the records on both data sets
 
 
 def test_baseline_of_the_objective_is_trained():
@@ -295,6 +297,78 @@ def test_preprocess_is_applied_at_every_step():
         Variational(AmortizedMeanField(net), num_steps=3).fit(net, grey)
 
 
+def test_infer_applies_preprocess():
+    net = toy.belief_net(6, 2)
+    grey = torch.rand(20, 6)
+    guide = AmortizedMeanField(net)
+    method = Variational(guide, num_samples=4000, preprocess=lambda x: (x > 0.5).to(x))
+    posterior = method.infer(net, grey)
+    assert torch.equal(posterior.log_joint.args[0], (grey > 0.5).double())
+    exact = elbo_by_enumeration(net, guide, (grey > 0.5).double())
+    assert largest_z(posterior.log_evidence, exact, posterior.stderr) < bound(20)
+    drawn = Variational(guide, num_samples=10, num_guide_steps=2, preprocess=data.binarize).infer(net, grey)
+    assert bool(((drawn.log_joint.args[0] == 0) | (drawn.log_joint.args[0] == 1)).all())
+    fit = Variational(guide, num_steps=1, num_log_samples=4000, preprocess=lambda x: (x > 0.5).to(x)).fit(net, grey)
+    assert abs(fit.history[-1]["bound"] - float(elbo_by_enumeration(net, guide, (grey > 0.5).double()).mean())) < (
+        bound(1) * fit.history[-1]["stderr"]
+    )
+
+
+def test_logging_does_not_change_the_training():
+    ends = []
+    for seed, log_every, held_out in ((1, 1, True), (1, 100, False), (2, 100, False)):
+        torch.manual_seed(0)
+        net = toy.belief_net(6, 3)
+        grey = torch.rand(16, 6)
+        guide = AmortizedMeanField(net)
+        torch.manual_seed(seed)
+        method = Variational(guide, num_steps=6, batch_size=4, log_every=log_every, preprocess=data.binarize)
+        fit = method.fit(net, grey, validation=grey[:4] if held_out else None)
+        ends.append({**fit.states["model"], **fit.states["guide"]})
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert not all(torch.equal(value, ends[2][name]) for name, value in ends[0].items())
+
+
+def _viewed(x):
+    """A program that takes one state at a time."""
+    shift = pyro.param("shift", torch.tensor(2.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.view(len(x), 2).sum(-1) + shift, 1.0), obs=x)
+
+
+def _viewed_guide(x):
+    m = pyro.param("m", torch.zeros(len(x), 2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(m, 0.6).to_event(1))
+
+
+def test_programs_that_do_not_broadcast():
+    x = torch.randn(5)
+    fit = Variational(_viewed_guide, num_steps=100, num_log_samples=100).fit(_viewed, x)
+    assert fit.history[-1]["bound"] > fit.history[0]["bound"] + 0.3
+    assert Variational(_viewed_guide, num_samples=20, num_guide_steps=2).infer(_viewed, x).log_evidence.shape == (5,)
+    vectorised = Trace_ELBO(num_particles=4, vectorize_particles=True)
+    with pytest.raises(ValueError, match=r"expected programs that broadcast .* 4 particles .*; give the objective vectorize"):
+        Variational(_viewed_guide, vectorised, num_steps=2).fit(_viewed, x)
+    method = Variational(_viewed_guide)
+    Optimization(method, _viewed, (x,), {}, learn_model=True)
+    assert method.elbo.vectorize_particles  # the choice is one of the run
+    net = toy.belief_net(5, 2)
+    run = Optimization(Variational(AmortizedMeanField(net)), net, (net.sample(3),), {}, learn_model=True)
+    assert run.elbo.vectorize_particles
+
+
+def test_an_error_of_the_program_itself_stays():
+    def broken(x):
+        _viewed_guide(x)
+        raise RuntimeError("mine")
+
+    net = toy.LinearGaussian(1, 2)
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        Variational(broken, num_steps=1).fit(net, torch.zeros(3, 1))
+
+
 def test_infer_leaves_the_model_bitwise():
     net = toy.belief_net(6, 2)
     x = net.sample(10)
@@ -399,7 +473,40 @@ def test_program_with_a_bare_param():
     fit = Variational(guide, num_steps=30).fit(model, 3 * torch.randn(10))
     assert float(pyro.param("scale").detach()) != 0.5
     assert set(fit.states["model"]) == {"scale"}
+    assert torch.equal(fit.states["model"]["scale"], pyro.param("scale").detach())
+    assert not torch.equal(fit.states["model"]["scale"], pyro.param("scale").unconstrained().detach())
     assert torch.equal(fit.states["guide"]["m"], pyro.param("m").detach())
+
+
+def test_states_are_state_dicts():
+    class Counted(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x)
+
+    net = toy.belief_net(6, 3)
+    x, guide = net.sample(8), AmortizedMeanField(net)
+    for model in (net, own_params(net), Counted(net), relax(net, 0.5)):
+        fit = Variational(guide, num_steps=2, temperature=0.5 if isinstance(model, RewrittenProgram) else None).fit(model, x)
+        module = getattr(model, "program", model)
+        other, other_guide = copy.deepcopy((module, guide))
+        with torch.no_grad():
+            for parameter in (*other.parameters(), *other_guide.parameters(), *other.buffers()):
+                parameter.add_(1.0)
+        assert not same(other, state(module))
+        other.load_state_dict(fit.states["model"])
+        other_guide.load_state_dict(fit.states["guide"])
+        assert same(other, state(module))
+        assert same(other_guide, state(guide))
+        held = {name: value.clone() for name, value in fit.states["model"].items()}
+        Variational(guide, num_steps=1).fit(net, x)
+        assert all(torch.equal(value, held[name]) for name, value in fit.states["model"].items())
+        assert not any(value.requires_grad for value in fit.states["model"].values())
 
 
 def test_copies_and_two_instances_in_turn():
