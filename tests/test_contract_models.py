@@ -180,6 +180,26 @@ def test_rows_are_independent(name):
     assert torch.allclose(whole, parts, atol=1e-12)
 
 
+@each
+def test_reset_parameters(name):
+    model, _, _, _ = build(name)
+    ends = []
+    for seed in (3, 4, 3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(9.0)
+        torch.manual_seed(seed)
+        model.reset_parameters()
+        ends.append({k: v.clone() for k, v in model.state_dict().items()})
+        assert [k for k, v in ends[-1].items() if bool((v == 9).any())] == []
+    assert all(torch.equal(v, ends[2][k]) for k, v in ends[0].items())
+    assert not all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+    torch.manual_seed(3)
+    fresh = MODELS[name][0]()
+    if name != "belief_net":  # whose own parameters are larger
+        assert all(torch.equal(v, ends[0][k]) for k, v in fresh.state_dict().items())
+
+
 def test_closed_forms_of_linear_gaussian():
     model, x, _, _ = build("LinearGaussian")
     mean, covariance = model.posterior(x)

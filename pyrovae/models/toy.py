@@ -45,8 +45,15 @@ class Mixture(Module):
         super().__init__()
         if visible < 1 or components < 1:
             raise ValueError(f"expected visible >= 1 and components >= 1, got {visible} and {components}")
-        self.weights = nn.Parameter(torch.zeros(components))
-        self.logits = nn.Parameter(torch.randn(components, visible))
+        self.weights = nn.Parameter(torch.empty(components))
+        self.logits = nn.Parameter(torch.empty(components, visible))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make π uniform and draw the logits of μ from N(0, 1)."""
+        self.weights.zero_()
+        self.logits.normal_()
 
     def forward(
         self,
@@ -63,12 +70,16 @@ class Mixture(Module):
 
     @torch.no_grad()
     def m_step(self, posterior: object, x: Tensor) -> None:
-        """Set π and μ to their maximisers of E_q[log p(x, z)]; needs `posterior.marginals["z"]`, `[B, K]`."""
-        r = posterior.marginals["z"]  # type: ignore[attr-defined]
+        """Set π and μ to their maximisers of E_q[log p(x, z)]; needs `posterior.marginals["z"]`, `[B, K]`.
+
+        Means are kept off 0 and 1 by the precision of their dtype. A component that no row belongs to keeps its mean.
+        """
+        r = posterior.marginals["z"].to(self.logits)  # type: ignore[attr-defined]
+        limits = torch.finfo(self.logits.dtype)
         count = r.sum(0)
-        mean = ((r.T @ x) / count.unsqueeze(-1)).clamp(1e-12, 1 - 1e-12)
-        self.weights.copy_((count / count.sum()).log())
-        self.logits.copy_(torch.logit(mean))
+        mean = ((r.T @ x) / count.clamp_min(limits.tiny).unsqueeze(-1)).clamp(limits.eps, 1 - limits.eps)
+        self.weights.copy_((count / count.sum()).clamp_min(limits.tiny).log())
+        self.logits.copy_(torch.where(count.unsqueeze(-1) > limits.tiny, torch.logit(mean), self.logits))
 
 
 class LinearGaussian(Module):
@@ -88,9 +99,16 @@ class LinearGaussian(Module):
         super().__init__()
         if visible < 1 or latent < 1 or scale <= 0:
             raise ValueError(f"expected visible, latent >= 1 and scale > 0, got {visible}, {latent} and {scale}")
-        self.weight = nn.Parameter(torch.randn(latent, visible))
-        self.bias = nn.Parameter(torch.zeros(visible))
+        self.weight = nn.Parameter(torch.empty(latent, visible))
+        self.bias = nn.Parameter(torch.empty(visible))
         self.scale = scale
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights from N(0, 1) and set the biases to 0."""
+        self.weight.normal_()
+        self.bias.zero_()
 
     def forward(
         self,

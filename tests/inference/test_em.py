@@ -79,6 +79,23 @@ def test_closed_form_m_step_is_the_numeric_one():
     assert torch.allclose(posterior.q_function(mixture)(), posterior.q_function(numeric)(), atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_closed_form_m_step_at_the_edges(dtype):
+    """Columns that are constant, and a component that no row belongs to."""
+    mixture = toy.Mixture(4, 3).to(dtype)
+    x = torch.bernoulli(torch.full((30, 4), 0.5)).to(dtype)
+    x[:, 0], x[:, 1] = 0, 1
+    with torch.no_grad():
+        mixture.logits[2] = torch.tensor([2000.0, -2000.0, 1.0, -1.0])
+    kept = mixture.logits[2].detach().clone()
+    assert float(Exact().infer(mixture, x).marginals["z"][:, 2].max()) == 0
+    fit = EM(num_iterations=5).fit(mixture, x)
+    assert torch.equal(mixture.logits[2].detach(), kept)
+    assert all(bool(torch.isfinite(value).all()) for value in mixture.state_dict().values())
+    assert all(math.isfinite(record["bound"]) for record in fit.history)
+    assert fit.history[-1]["bound"] > fit.history[0]["bound"]
+
+
 def test_own_m_step_is_used_without_a_penalty_only():
     x = torch.bernoulli(torch.full((30, 4), 0.5))
     calls = []
