@@ -97,7 +97,7 @@ def compare_command(
     errors = Console(stderr=True, highlight=False)
     try:
         if threads < 1:
-            raise ValueError(f"expected --threads of at least 1, got {threads}")
+            raise ValueError(f"expected --threads of at least 1, got {threads}; leave it out for 1")
         settings = _settings(data, model, hidden, methods, budget, seeds, penalty, rows)
         from pyrovae import main_job, report
 
@@ -123,9 +123,9 @@ def _settings(
     from pyrovae.main_job import BUDGETS, Settings, parse_methods
 
     if data not in NAMES:
-        raise ValueError(f"unknown data {data!r}; choose from: {', '.join(NAMES)}")
+        raise ValueError(f"expected --data to be a known data set, got {data!r}; choose from: {', '.join(NAMES)}")
     if model != "sbn":
-        raise ValueError(f"unknown model {model!r}; choose from: sbn")
+        raise ValueError(f"expected --model to be a known family, got {model!r}; choose from: sbn")
     sizes = _integers("--hidden", hidden, least=1)
     if budget in BUDGETS:
         factor = BUDGETS[budget]
@@ -135,15 +135,20 @@ def _settings(
         except ValueError:
             factor = 0.0
         if not 0 < factor <= 1000:
-            raise ValueError(f"expected --budget small, default, large or a factor above 0, got {budget!r}")
+            raise ValueError(
+                f"expected --budget small, default, large or a factor above 0 and up to 1000, got {budget!r}; 0.5 halves every "
+                "number of steps and draws"
+            )
     listed = _integers("--seeds", seeds, least=0)
     chosen = listed if "," in seeds else tuple(range(listed[0]))
     if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"expected --seeds to be a count of at least 1 or a list of different seeds, got {seeds!r}")
+        raise ValueError(
+            f"expected --seeds to be a count of at least 1 or a list of different seeds, got {seeds!r}; write 5, or 0,1,2"
+        )
     if not 0 <= penalty < float("inf"):
-        raise ValueError(f"expected --penalty of at least 0, got {penalty}")
+        raise ValueError(f"expected --penalty of at least 0, got {penalty}; 0 is no penalty")
     if rows is not None and rows < 2:
-        raise ValueError(f"expected --rows of at least 2, got {rows}")
+        raise ValueError(f"expected --rows of at least 2, got {rows}; leave it out for all rows")
     return Settings(
         data=data, hidden=sizes, methods=parse_methods(methods), budget=factor, seeds=chosen, penalty=penalty, rows=rows
     )
@@ -155,7 +160,9 @@ def _integers(option: str, text: str, *, least: int) -> tuple[int, ...]:
     except ValueError:
         values = ()
     if not values or min(values) < least:
-        raise ValueError(f"expected {option} to be integers of at least {least}, with commas between, got {text!r}")
+        raise ValueError(
+            f"expected {option} to be integers of at least {least}, with commas between, got {text!r}; write 8 or 8,4"
+        )
     return values
 
 
@@ -252,7 +259,7 @@ def _print(job: MainJob) -> None:
                     cells = [c if kept else _without_error(c) for c, kept in zip(cells, keep, strict=True)]
                 grid.add_row(*map(rich.markup.escape, cells))
             console.print()
-            console.print(f"{table.task.capitalize()}, nats per datum", style="bold")
+            console.print(table.heading, style="bold", markup=False)
             console.print(grid)
             for row in table.rows:
                 if row[-1].text:
@@ -262,6 +269,7 @@ def _print(job: MainJob) -> None:
     console.print()
     short = "   ".join(f"{SYMBOLS[mark]} {words.split(':')[0].split(',')[0]}" for mark, words in LEGEND.items())
     console.print(f"{short}   ± one standard error", markup=False)
+    console.print("bounds of rows that were sampled hold in expectation", style="dim")
     for note in job.notes:
         console.print(f"- {note}", markup=False, style="dim")
     console.print()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 Method = Any
 Progress = Callable[[str, int, int], None]
 
+PER_DATUM = "nats per datum"
+WHOLE = "nats, whole data set"
+
 
 def compare(
     model: Program,
@@ -54,7 +57,10 @@ def compare(
 
     Every run starts from a copy of the model and of the method (a guide inside it is copied together with the model). With
     several seeds, the first starts from the model's parameters as given, each further one from freshly drawn parameters
-    where the model and guide have `reset_parameters`, the same for all methods.
+    where the model and guide have `reset_parameters`, the same for all methods; where all starts are alike, a note says so.
+
+    Where the exact evaluation refuses the data but a learner takes them (grey pixels with `preprocess=data.binarize`), the
+    exact columns stay blank and the note tells why.
 
     Args:
         model: a Pyro program: ours, a `PyroModule` or a plain function.
@@ -72,7 +78,8 @@ def compare(
         A :class:`Comparison`.
 
     Raises:
-        ValueError: for no methods, no seeds, or a method with neither `fit` nor `infer`; and whatever a method refuses.
+        ValueError: for no methods, no seeds, a class instead of an instance, or a method with neither `fit` nor `infer`;
+            and whatever a method refuses.
 
     Example:
         >>> from pyrovae.inference import Exact, Gibbs
@@ -85,43 +92,53 @@ def compare(
     train, test = _arguments(x), None if x_test is None else _arguments(x_test)
     learners, inferers = _sort(methods, learn=learn)
     if not seeds:
-        raise ValueError("expected at least one seed, got none")
+        raise ValueError("expected at least one seed, got none; pass seeds=(0,)")
     total = (len(learners) + len(inferers)) * len(seeds)
     learned: dict[str, list[_Learned]] = {name: [] for name in learners}
     inferred: dict[str, list[Posterior]] = {name: [] for name in inferers}
     exact = partial(_try_exact, Exact(max_bytes=max_bytes), max_evaluations)
     reference: Posterior | None = None
-    done = 0
+    starts: list[Mapping[str, Tensor]] = []
+    has_reset, done = False, 0
     with isolated_rng():
-        with _untouched(model, None, train):
+        with _same_store():
+            readable = _readable(model, methods.values(), train)
+        with _untouched(model, None, readable):
+            unit = _unit(model, readable)
             if inferers:
-                reference = exact(model, train)
+                if any(getattr(method, "preprocess", None) is None for method in inferers.values()):
+                    read_structure(model, train, {})  # data that the model refuses are refused now, not after the learning
+                reference = exact(model, train)[0]
             if test is not None:
-                read_structure(model, test, {})  # data that the model refuses are refused now, not after the learning
+                read_structure(model, _readable(model, methods.values(), test), {})
         for number, seed in enumerate(seeds):
             for name, method in (learners | inferers).items():
                 if progress is not None:
                     progress(name, done, total)
-                with isolated_rng(seed), _untouched(model, method, train):
+                with isolated_rng(seed), _untouched(model, method, readable):
                     own_model, own_method = copy.deepcopy((model, method))
                     if name in learners:
                         if number:
-                            _reset(own_model, own_method, seed)
+                            has_reset |= _reset(own_model, own_method, seed)
+                        if len(starts) == number:
+                            starts.append(_start(own_model, readable))
                         learned[name].append(_learn(own_model, own_method, train, test, exact))
                     else:
                         inferred[name].append(own_method.infer(own_model, *train))
                 done += 1
     if progress is not None:
         progress("", total, total)
+    rows_in_unit = _rows(train) if unit == WHOLE else 1
     return Comparison(
-        learning=_learning_table(learned, len(seeds)) if learned else None,
-        inference=_inference_table(inferred, reference) if inferred else None,
+        learning=_learning_table(learned, rows_in_unit, _alike(starts, has_reset=has_reset)) if learned else None,
+        inference=_inference_table(inferred, reference, rows_in_unit) if inferred else None,
         fits={name: runs[0].fit for name, runs in learned.items()},
         runs={name: tuple(run.fit for run in runs) for name, runs in learned.items()},
         models={name: runs[0].model for name, runs in learned.items()},
         posteriors={name: runs[0] for name, runs in inferred.items()},
         reference=reference,
         metadata={
+            "unit": unit,
             "versions": versions(),
             "seeds": list(seeds),
             "rows": _rows(train),
@@ -137,11 +154,13 @@ class Comparison:
     """What :func:`compare` found.
 
     Attributes:
-        learning: one row a learner (pandas), or None. Nats per datum. Columns: `method`; `log_p_train`, `log_p_test`: exact
-            log p(x) of the learned model; `bound`, `own_bound`: what the method itself reports at the end, and what that
-            is; `gap`: exact minus own bound; `difference`: exact log p(x), on test data where given, minus that of exact
-            learning, paired; `model_evaluations`, `seconds`, `note`. `…_se` are standard errors: over seeds where there are
-            several; else over rows for `difference`, and of the draws for bounds and gaps.
+        learning: one row a learner (pandas), or None. In nats per datum; where a latent lies outside all plates there is one
+            evidence, and it is in nats of the whole data set, as `metadata["unit"]` says. Columns: `method`; `log_p_train`,
+            `log_p_test`: exact log p(x) of the learned model; `bound`, `own_bound`: what the method itself reports at the end,
+            and what that is; `gap`: exact minus own bound; `difference`: exact log p(x), on test data where given, minus
+            that of exact learning, paired; `model_evaluations`, `seconds`, `note`. `…_se` are standard errors: over seeds where
+            there are several (blank where all start alike and end alike); else over rows for `difference`, and of the draws
+            for bounds and gaps.
         inference: one row a method, or None. Columns: `method`, `bound`, `log_evidence`, `gap` (exact minus it), `kl`
             (KL(q‖p) where computable), `marginal_error` (the largest over sites and rows), `ess` (the smallest), `rhat` (the
             largest), `pareto_k` (share of rows above 0.7), `model_evaluations`, `seconds`, `sampled` (whether expectations are
@@ -151,7 +170,7 @@ class Comparison:
         models: the learned models at the first seed; a plain function stays as it is, its learned parameters are in `fits`.
         posteriors: the posterior of each inference method at the first seed.
         reference: the exact posterior, or None where it does not fit.
-        metadata: versions, seeds, sizes and the methods' settings.
+        metadata: unit, versions, seeds, sizes and the methods' settings.
     """
 
     learning: pd.DataFrame | None
@@ -206,53 +225,60 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class _Learned:
-    """One learning run: the fit, the learned model, and the exact log p(x) of each row where it can be computed."""
+    """One learning run: the fit, the learned model, the exact log p(x) of each row where it can be computed, else why not."""
 
     fit: Fit
     model: Program
     train: Tensor | None
     test: Tensor | None
+    why_not: str
     seconds: float
 
 
 def _learn(
-    model: Program, method: Method, train: tuple[Any, ...], test: tuple[Any, ...] | None, exact: Callable[..., Posterior | None]
+    model: Program,
+    method: Method,
+    train: tuple[Any, ...],
+    test: tuple[Any, ...] | None,
+    exact: Callable[..., tuple[Posterior | None, str]],
 ) -> _Learned:
     fit = method.fit(model, *train)
-    found = [None if data is None else exact(model, data) for data in (train, test)]
-    evidence = [None if posterior is None else posterior.log_evidence for posterior in found]
-    return _Learned(fit, model, evidence[0], evidence[1], fit.seconds)
+    found, why_not = exact(model, train)
+    held_out, why_not_test = (None, "") if test is None else exact(model, test)
+    evidence = [None if posterior is None else posterior.log_evidence for posterior in (found, held_out)]
+    return _Learned(fit, model, evidence[0], evidence[1], why_not or why_not_test, fit.seconds)
 
 
-def _learning_table(learned: Mapping[str, list[_Learned]], num_seeds: int) -> pd.DataFrame:
+def _learning_table(learned: Mapping[str, list[_Learned]], rows_in_unit: int, alike: str) -> pd.DataFrame:
     import pandas as pd
 
     baseline = next((name for name, runs in learned.items() if runs[0].fit.bound == "exact"), None)
+    over_seeds = partial(_over_seeds, alike=bool(alike))
     rows = []
     for name, runs in learned.items():
         row: dict[str, Any] = {"method": name}
-        row["log_p_train"], row["log_p_train_se"] = _over_seeds(_mean(run.train) for run in runs)
-        row["log_p_test"], row["log_p_test_se"] = _over_seeds(_mean(run.test) for run in runs)
+        row["log_p_train"], row["log_p_train_se"] = over_seeds(_mean(run.train) for run in runs)
+        row["log_p_test"], row["log_p_test_se"] = over_seeds(_mean(run.test) for run in runs)
         row["bound"] = runs[0].fit.bound
         ends = [run.fit.history[-1] for run in runs]
-        row["own_bound"], row["own_bound_se"] = _over_seeds(end["bound"] for end in ends)
-        row["gap"], row["gap_se"] = _over_seeds(
+        row["own_bound"], row["own_bound_se"] = over_seeds(end["bound"] for end in ends)
+        row["gap"], row["gap_se"] = over_seeds(
             _difference(_mean(run.train), end["bound"]) for run, end in zip(runs, ends, strict=True)
         )
         if len(runs) == 1:  # no spread over seeds; what remains is the noise of the bound itself
             row["own_bound_se"] = ends[0]["stderr"]
             row["gap_se"] = None if row["gap"] is None else ends[0]["stderr"]
-        row["difference"], row["difference_se"] = (
-            (None, None) if baseline is None or name == baseline else _paired(runs, learned[baseline])
-        )
+        pairs = None if baseline is None or name == baseline else _paired(runs, learned[baseline])
+        row["difference"], row["difference_se"] = (None, None) if pairs is None else _spread(pairs, alike=bool(alike))
         row["model_evaluations"] = round(sum(run.fit.model_evaluations for run in runs) / len(runs))
         row["seconds"] = sum(run.seconds for run in runs) / len(runs)
-        row["note"] = _learning_note(row, baseline, num_seeds)
+        tested = baseline is not None and runs[0].test is not None and learned[baseline][0].test is not None
+        row["note"] = _learning_note(row, baseline, runs, rows_in_unit, alike, "test" if tested else "training")
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _inference_table(inferred: Mapping[str, list[Posterior]], reference: Posterior | None) -> pd.DataFrame:
+def _inference_table(inferred: Mapping[str, list[Posterior]], reference: Posterior | None, rows_in_unit: int) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
@@ -262,7 +288,7 @@ def _inference_table(inferred: Mapping[str, list[Posterior]], reference: Posteri
         for key in parts[0]:
             row[key] = _combine(key, [part[key] for part in parts])
         row["sampled"] = isinstance(posteriors[0], DrawsPosterior)
-        row["note"] = _inference_note(posteriors[0], row)
+        row["note"] = _inference_note(posteriors[0], row, rows_in_unit)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -278,7 +304,7 @@ def _inference_row(posterior: Posterior, reference: Posterior | None) -> dict[st
     exact = None if reference is None else _mean(reference.log_evidence)
     row["gap"] = None if exact is None or row["log_evidence"] is None else exact - row["log_evidence"]
     row["gap_se"] = None if row["gap"] is None else row["log_evidence_se"]
-    row["kl"] = row["gap"] if posterior.log_prob is not None and _is_elbo(posterior) else None
+    row["kl"] = row["gap"] if _is_elbo(posterior) else None
     row["marginal_error"] = None if reference is None else _marginal_error(posterior, reference)
     row["ess"], row["rhat"], row["pareto_k"] = _reliability(posterior)
     row["model_evaluations"] = posterior.diagnostics.get("model_evaluations")
@@ -316,66 +342,106 @@ def _extreme(values: Iterable[Tensor], which: Callable[[Iterable[float]], float]
     return which(finite) if finite else None
 
 
-def _inference_note(posterior: Posterior, row: Mapping[str, Any]) -> str:
+def _inference_note(posterior: Posterior, row: Mapping[str, Any], rows_in_unit: int) -> str:
     if posterior.bound == "exact":
         return "the reference"
     notes = []
     if row["rhat"] is not None and row["rhat"] > 1.01:
         notes.append(f"R-hat up to {row['rhat']:.3f}: chains disagree, do not trust; run longer")
     if isinstance(posterior, DrawsPosterior) and posterior.shape is not None:
-        stuck = sum(int(torch.isnan(v).sum()) for v in (posterior.rhat or {}).values())
+        if posterior.shape[0] == 1:
+            notes.append("one chain: no R-hat")
+        stuck, total = _constant(posterior)
         if stuck:
-            notes.append(f"{stuck} quantities never moved")
+            notes.append(f"{stuck} of {total} {'quantity' if total == 1 else 'quantities'} constant in every chain")
         if row["ess"] is not None and row["ess"] < 100 * posterior.shape[0]:
             notes.append(f"ESS down to {row['ess']:.0f}")
     if row["pareto_k"]:
         notes.append(f"Pareto k > 0.7 on {100 * row['pareto_k']:.0f}% of rows: their numbers cannot be trusted")
     elif row["pareto_k"] is not None and row["ess"] is not None and row["ess"] < 100:
         notes.append(f"ESS down to {row['ess']:.0f} draws")
-    if row["kl"] is not None and row["kl"] > 0.1:
+    if row["kl"] is not None and row["kl"] > 0.1 * rows_in_unit:
         notes.append(f"q is {row['kl']:.2g} nats from the posterior: a bound, not the evidence")
-    return "; ".join(notes) or ("estimate" if row["log_evidence"] is None else f"{posterior.bound} bound")
+    expected = " in expectation" if row["log_evidence_se"] else ""
+    return "; ".join(notes) or ("estimate" if row["log_evidence"] is None else f"{posterior.bound} bound{expected}")
 
 
-def _learning_note(row: Mapping[str, Any], baseline: str | None, num_seeds: int) -> str:
+def _constant(posterior: DrawsPosterior) -> tuple[int, int]:
+    """How many quantities never changed within any chain, and how many there are."""
+    draws = list((posterior.draws or {}).values())  # [chain, draw, …] each
+    stuck = sum(int((value == value[:, :1]).all(1).all(0).sum()) for value in draws)
+    return stuck, sum(value[0, 0].numel() for value in draws)
+
+
+def _learning_note(
+    row: Mapping[str, Any], baseline: str | None, runs: list[_Learned], rows_in_unit: int, alike: str, judged_on: str
+) -> str:
     notes = []
     if row["method"] == baseline:
         notes.append("the reference")
-    if row["log_p_train"] is None:
+    if runs[0].why_not:
+        notes.append(f"exact log p(x) not computed: {runs[0].why_not}")
+    elif row["log_p_train"] is None:
         notes.append("exact log p(x) does not fit: judged by its bound alone")
     if row["own_bound"] is None:
         notes.append("no bound of its own")
-    elif row["gap"] is not None and row["gap"] > 0.1:
+    elif row["gap"] is not None and row["gap"] > 0.1 * rows_in_unit:
         notes.append(f"its bound understates log p(x) by {row['gap']:.2g} nats")
     if row["difference"] is not None and row["difference_se"] is not None:
-        over = "seeds" if num_seeds > 1 else "rows"
-        if abs(row["difference"]) < 2 * row["difference_se"]:
-            notes.append(f"tie with {baseline} (within 2 s.e. over {over})")
+        factor = tie_factor(len(runs))
+        over = "over seeds" if len(runs) > 1 else f"over {judged_on} rows, one run"
+        if abs(row["difference"]) < factor * row["difference_se"]:
+            notes.append(f"tie with {baseline} (within {factor:.3g} s.e. {over})")
+    if alike:
+        notes.append(alike)
     return "; ".join(notes)
 
 
-def _paired(runs: list[_Learned], baseline: list[_Learned]) -> tuple[float | None, float | None]:
-    """Mean difference to the baseline and its standard error: over seeds where there are several, else over rows."""
-    differences: list[Tensor | None] = []
+def tie_factor(num_seeds: int) -> float:
+    """How many standard errors a difference must exceed not to be called a tie.
+
+    Several seeds: the 97.5% point of Student's t with `num_seeds` − 1 degrees of freedom, as the spread is estimated from
+    so few. One seed: 2, with the error over rows, in which the noise of learning is not.
+    """
+    if num_seeds < 2:
+        return 2.0
+    from scipy.stats import t  # type: ignore[import-untyped]
+
+    return float(t.ppf(0.975, num_seeds - 1))
+
+
+def _paired(runs: list[_Learned], baseline: list[_Learned]) -> list[Tensor] | None:
+    """Differences to the baseline, a tensor over rows for each seed; on test rows where there are any."""
+    differences = []
     for own, other in zip(runs, baseline, strict=True):
         judged = (own.test, other.test) if own.test is not None and other.test is not None else (own.train, other.train)
-        differences.append(None if judged[0] is None or judged[1] is None else judged[0] - judged[1])
-    if any(d is None for d in differences):
-        return None, None
-    found = [d for d in differences if d is not None]
-    if len(found) > 1:
-        return _over_seeds(float(d.mean()) for d in found)
-    rows = found[0].reshape(-1)
+        if judged[0] is None or judged[1] is None:
+            return None
+        differences.append(judged[0] - judged[1])
+    return differences
+
+
+def _spread(differences: list[Tensor], *, alike: bool) -> tuple[float | None, float | None]:
+    """Mean difference and its standard error: over seeds where there are several, else over rows."""
+    if len(differences) > 1:
+        return _over_seeds((float(d.mean()) for d in differences), alike=alike)
+    rows = differences[0].reshape(-1)
     return float(rows.mean()), float(rows.std() / math.sqrt(len(rows))) if len(rows) > 1 else None
 
 
-def _over_seeds(values: Iterable[float | None]) -> tuple[float | None, float | None]:
-    """Mean and standard error of one value a seed; None where undefined."""
-    found = list(values)
-    if not found or any(v is None for v in found):
+def _over_seeds(values: Iterable[float | None], *, alike: bool) -> tuple[float | None, float | None]:
+    """Mean and standard error of one value a seed; None where undefined.
+
+    Equal values from equal starts are one run repeated: they have no standard error.
+    """
+    given = list(values)
+    found = [v for v in given if v is not None]
+    if not found or len(found) < len(given):
         return None, None
     tensor = torch.tensor(found, dtype=torch.float64)
-    return float(tensor.mean()), float(tensor.std() / math.sqrt(len(found))) if len(found) > 1 else None
+    mean, spread = float(tensor.mean()), float(tensor.std()) if len(found) > 1 else 0.0
+    repeated = len(found) == 1 or (alike and spread <= 1e-12 * max(1.0, abs(mean)))
+    return mean, None if repeated else spread / math.sqrt(len(found))
 
 
 def _combine(key: str, values: list[float | None]) -> float | None:
@@ -400,39 +466,95 @@ def _mean(values: Tensor | None) -> Any:
     return None if values is None else float(values.mean())
 
 
-def _try_exact(exact: Exact, max_evaluations: int, model: Program, args: tuple[Any, ...]) -> Posterior | None:
-    """The exact posterior, of the discrete twin where latents are relaxed; None where enumeration refuses or is too long."""
-    structure = read_structure(model, args, {})
+def _try_exact(exact: Exact, max_evaluations: int, model: Program, args: tuple[Any, ...]) -> tuple[Posterior | None, str]:
+    """The exact posterior, of the discrete twin where latents are relaxed.
+
+    None where enumeration refuses or is too long, and, where the data are refused, the first clause of the reason.
+    """
+    try:
+        structure = read_structure(model, args, {})
+    except ValueError as error:
+        return None, str(error).split(";")[0]
     if any(latent.kind.startswith("relaxed") for latent in structure.latents):
         model = discretize(model)
     try:
         if ExactLikelihood(max_bytes=exact.max_bytes).model_evaluations(model, *args) > max_evaluations:
-            return None
-        return exact.infer(model, *args)
+            return None, ""
+        return exact.infer(model, *args), ""
     except ValueError:
-        return None
+        return None, ""
+
+
+def _readable(model: Program, methods: Iterable[Method], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The data, or, where the model refuses them, what some method's `preprocess` makes of them; only sizes are read of it.
+
+    Raises:
+        ValueError: the model's refusal, where no method has a `preprocess` that mends it.
+    """
+    try:
+        read_structure(model, args, {})
+    except ValueError:
+        for method in methods:
+            preprocess = getattr(method, "preprocess", None)
+            if preprocess is not None and args:
+                prepared = (preprocess(args[0]), *args[1:])
+                with suppress(ValueError):
+                    read_structure(model, prepared, {})
+                    return prepared
+        raise
+    return args
+
+
+def _unit(model: Program, args: tuple[Any, ...]) -> str:
+    """What the numbers count: one evidence a datum, or, where a latent lies outside all plates, one for all data."""
+    return PER_DATUM if read_structure(model, args, {}).batch else WHOLE
+
+
+def _start(model: Program, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    """Copies of the parameters from which learning starts."""
+    leaves = dict(model.named_parameters()) if isinstance(model, nn.Module) else read_structure(model, args, {}).leaves
+    return {name: leaf.detach().clone() for name, leaf in leaves.items()}
+
+
+def _alike(starts: Sequence[Mapping[str, Tensor]], *, has_reset: bool) -> str:
+    """A note where several seeds started from the same parameters, else nothing."""
+    if len(starts) < 2 or any(
+        start.keys() != starts[0].keys() or any(not torch.equal(leaf, starts[0][name]) for name, leaf in start.items())
+        for start in starts[1:]
+    ):
+        return ""
+    return "all seeds start alike" + ("" if has_reset else ": the model has no reset_parameters")
 
 
 @contextmanager
 def _untouched(model: Program, method: Method | None, args: tuple[Any, ...]) -> Iterator[None]:
     """Put back, afterwards, the store and the parameters that a run could reach through closures."""
-    store = pyro.get_param_store()
-    state = {key: dict(value) for key, value in store.get_state().items()}
     saved: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def save(leaves: Iterable[Tensor]) -> None:
         saved.update({id(leaf): (leaf, leaf.detach().clone(), leaf.grad) for leaf in leaves if id(leaf) not in saved})
 
-    save(state["params"].values())
+    with _same_store() as params:
+        save(params)
+        try:
+            for program in (model, *_programs(method)):
+                if not isinstance(program, nn.Module):
+                    save(read_structure(program, args, {}).leaves.values())
+            yield
+        finally:
+            for leaf, value, gradient in saved.values():
+                leaf.data.copy_(value)
+                leaf.grad = gradient
+
+
+@contextmanager
+def _same_store() -> Iterator[list[Tensor]]:
+    """Put back, afterwards, what the store held; its leaves meanwhile."""
+    store = pyro.get_param_store()
+    state = {key: dict(value) for key, value in store.get_state().items()}
     try:
-        for program in (model, *_programs(method)):
-            if not isinstance(program, nn.Module):
-                save(read_structure(program, args, {}).leaves.values())
-        yield
+        yield list(state["params"].values())
     finally:
-        for leaf, value, gradient in saved.values():
-            leaf.data.copy_(value)
-            leaf.grad = gradient
         store.clear()  # `set_state` alone keeps what is new
         store.set_state(state)
 
@@ -443,14 +565,21 @@ def _programs(method: Method | None) -> list[Program]:
     return [guide for guide in guides if guide is not None]
 
 
-def _reset(model: Program, method: Method, seed: int) -> None:
-    """Draw fresh parameters, from a stream apart from that of the run and of a caller who seeds with the same number."""
+def _reset(model: Program, method: Method, seed: int) -> bool:
+    """Draw fresh parameters, from a stream apart from that of the run and of a caller who seeds with the same number.
+
+    Returns:
+        Whether the model could.
+    """
+    able = False
     with isolated_rng(0x9E3779B9 ^ seed):
         for program in (model, *_programs(method)):
             for module in program.modules() if isinstance(program, nn.Module) else ():
                 reset: Any = getattr(module, "reset_parameters", None)
                 if callable(reset):
                     reset()
+                    able |= program is model
+    return able
 
 
 def _sort(methods: Mapping[str, Method], *, learn: bool | None) -> tuple[dict[str, Method], dict[str, Method]]:
@@ -458,6 +587,10 @@ def _sort(methods: Mapping[str, Method], *, learn: bool | None) -> tuple[dict[st
         raise ValueError("expected at least one method, got none; pass {'exact': Exact(), ...}")
     learners, inferers = {}, {}
     for name, method in methods.items():
+        if isinstance(method, type):
+            raise ValueError(
+                f"expected an instance of a method, got the class {method.__name__} for {name!r}; write {method.__name__}(...)"
+            )
         if hasattr(method, "fit") and learn is not False:
             learners[name] = method
         elif hasattr(method, "infer") and not learn:

@@ -357,7 +357,7 @@ def parse_methods(text: str | Sequence[str] | None) -> tuple[str, ...] | None:
         return None
     for name in names:
         if _plain(name) not in known:
-            raise ValueError(f"unknown method {name!r}; choose from: {listed}")
+            raise ValueError(f"expected names of methods, got {name!r}; choose from: {listed}")
     return tuple(known[_plain(name)] for name in names)
 
 

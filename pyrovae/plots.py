@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyrovae.compare import tie_factor
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -71,7 +73,7 @@ def learning_curves(comparison: Comparison, *, dark: bool = False) -> Figure | N
     labels = {name: name if comparison.fits[name].bound == "exact" else f"{name} (bound)" for name in ends}
     _end_labels(axes, ends, labels, colours)
     axes.set_xlabel("seconds")
-    axes.set_ylabel("nats per datum, training")
+    axes.set_ylabel(f"{comparison.metadata['unit']}, training")
     bounded = any(comparison.fits[name].bound != "exact" for name in curves)
     _title(
         figure,
@@ -116,9 +118,11 @@ def learned(comparison: Comparison, *, dark: bool = False) -> Figure | None:
                 )  # fmt: skip
         axes[0].errorbar(exact, y, xerr=error, fmt="o", ms=8, color=colours[name], elinewidth=1.4, zorder=3)
     _name_rows(axes[0], [row["method"] for row in rows], colours)
-    axes[0].set_xlabel("nats per datum, training\n●  exact log p(x)     ○  what the method reports")
+    axes[0].set_xlabel(f"{comparison.metadata['unit']}, training\n●  exact log p(x)     ○  what the method reports")
     if panels == 2:
         reference = next(row["method"] for row in rows if row["difference"] != row["difference"] or row["difference"] is None)
+        seeds = len(comparison.metadata["seeds"])
+        factor = tie_factor(seeds)
         axes[1].axvline(0, color=look.soft, lw=1, ls=(0, (3, 3)))
         for y, row in enumerate(rows):
             difference, error = _number(row["difference"]), _number(row["difference_se"])
@@ -130,7 +134,7 @@ def learned(comparison: Comparison, *, dark: bool = False) -> Figure | None:
             axes[1].errorbar(
                 difference,
                 y,
-                xerr=None if error is None else 2 * error,
+                xerr=None if error is None else factor * error,
                 fmt="o",
                 ms=6.5,
                 color=colours[row["method"]],
@@ -139,7 +143,9 @@ def learned(comparison: Comparison, *, dark: bool = False) -> Figure | None:
         axes[1].set_yticks([])
         axes[1].set_ylim(*axes[0].get_ylim())
         where = "test" if comparison.metadata.get("test_rows") is not None else "training"
-        axes[1].set_xlabel(f"difference to {reference}, {where}\npaired by row, ± 2 s.e.")
+        axes[1].set_xlabel(
+            f"difference to {reference}, {where}\npaired, ± {factor:.3g} s.e. over {'seeds' if seeds > 1 else 'rows'}"
+        )
         low, high = axes[1].get_xlim()
         axes[1].set_xlim(low, max(high, 0.22 * (0 - low)))
     _title(
@@ -164,7 +170,7 @@ def inference_errors(comparison: Comparison, *, dark: bool = False) -> Figure | 
     figure, axes = _figure(look, 9.6, 1.7 + 0.42 * len(rows), 2, left=0.15, right=0.97, ratios=(1, 1))
     colours = _colours(comparison, look)
     columns = (
-        ("gap", "gap_se", "log p(x) minus what it reports, nats per datum"),
+        ("gap", "gap_se", f"log p(x) minus what it reports, {comparison.metadata['unit']}"),
         ("marginal_error", None, "largest error of a marginal"),
     )
     for panel, (column, stderr, label) in zip(axes, columns, strict=True):

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, Literal
+
+from pyrovae.ops import isolated_rng
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +33,8 @@ Mark = Literal["exact", "lower", "upper", "estimate", ""]
 SYMBOLS: Mapping[str, str] = {"exact": "=", "lower": "≥", "upper": "≤", "estimate": "≈", "": ""}
 LEGEND: Mapping[str, str] = {
     "exact": "exact, nothing sampled",
-    "lower": "lower bound: the true value is at least this",
-    "upper": "upper bound: the true value is at most this",
+    "lower": "lower bound: the true value is at least this, in expectation where a ± stands",
+    "upper": "upper bound: the true value is at most this, in expectation where a ± stands",
     "estimate": "estimate, by sampling",
 }
 
@@ -57,20 +60,27 @@ class Table:
         task: `"learning"` or `"inference"`.
         columns: key and title of each column.
         rows: one a method, cells in the order of the columns; the last column holds the notes.
+        unit: of evidences, bounds and their differences.
     """
 
     task: str
     columns: tuple[tuple[str, str], ...]
     rows: tuple[tuple[Cell, ...], ...]
+    unit: str
+
+    @property
+    def heading(self) -> str:
+        """What stands above the table."""
+        return f"{self.task.capitalize()}, {self.unit}"
 
 
 def tables(comparison: Comparison) -> list[Table]:
     """The learning and the inference table as printed text, where they exist."""
-    made = []
+    made, unit = [], comparison.metadata["unit"]
     if comparison.learning is not None:
-        made.append(_learning(comparison.learning, tested=comparison.metadata.get("test_rows") is not None))
+        made.append(_learning(comparison.learning, unit, tested=comparison.metadata.get("test_rows") is not None))
     if comparison.inference is not None:
-        made.append(_inference(comparison.inference))
+        made.append(_inference(comparison.inference, unit))
     return made
 
 
@@ -82,7 +92,7 @@ def facts(comparison: Comparison) -> dict[str, str]:
         rows += f" training, {about['test_rows']:,} test"
     penalties = sorted({fit.penalty for fit in comparison.fits.values()})
     found = {
-        "unit": "nats per datum",
+        "unit": about["unit"],
         "model": about.get("model"),
         "data": about.get("data"),
         "binarization": about.get("binarization"),
@@ -103,7 +113,7 @@ def markdown(comparison: Comparison) -> str:
     """The tables as Markdown, standard errors beside their numbers, blanks where nothing is defined."""
     lines = ["; ".join(f"{name}: {value}" for name, value in facts(comparison).items()), ""]
     for table in tables(comparison):
-        lines += [f"**{table.task.capitalize()}**", ""]
+        lines += [f"**{table.heading}**", ""]
         lines.append("| " + " | ".join(title for _, title in table.columns) + " |")
         lines.append("|" + "|".join(":--" if key in ("method", "note") else "--:" for key, _ in table.columns) + "|")
         lines += ["| " + " | ".join(cell.marked.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
@@ -260,7 +270,7 @@ def _seconds(value: Any) -> str:
     return "" if value is None else f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
-def _learning(frame: pd.DataFrame, *, tested: bool) -> Table:
+def _learning(frame: pd.DataFrame, unit: str, *, tested: bool) -> Table:
     where = "test" if tested else "training"
     columns = (
         ("method", "method"),
@@ -288,10 +298,10 @@ def _learning(frame: pd.DataFrame, *, tested: bool) -> Table:
             "note": Cell(row["note"]),
         }
         rows.append(tuple(cells[key] for key, _ in columns))
-    return Table("learning", columns, tuple(rows))
+    return Table("learning", columns, tuple(rows), unit)
 
 
-def _inference(frame: pd.DataFrame) -> Table:
+def _inference(frame: pd.DataFrame, unit: str) -> Table:
     columns = (
         ("method", "method"),
         ("log_evidence", "log p(x)"),
@@ -324,7 +334,7 @@ def _inference(frame: pd.DataFrame) -> Table:
             "note": Cell(row["note"]),
         }
         rows.append(tuple(cells[key] for key, _ in columns))
-    return Table("inference", columns, tuple(rows))
+    return Table("inference", columns, tuple(rows), unit)
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
@@ -333,8 +343,9 @@ def _inference(frame: pd.DataFrame) -> Table:
 def _write(comparisons: Mapping[str, Comparison], stage: Path) -> None:
     """Everything but the page, into an empty folder."""
     texts, records = [], {}
+    prefixes, files = set[str](), set[str]()
     for name, comparison in comparisons.items():
-        prefix = "" if len(comparisons) == 1 else f"{_slug(name)}-"
+        prefix = "" if len(comparisons) == 1 else f"{_unique(_slug(name), prefixes)}-"
         for task, frame in (("learning", comparison.learning), ("inference", comparison.inference)):
             if frame is not None:
                 frame.to_csv(stage / f"{task if prefix == f'{task}-' else prefix + task}.csv", index=False)
@@ -343,8 +354,11 @@ def _write(comparisons: Mapping[str, Comparison], stage: Path) -> None:
         records[name] = _record(comparison)
         for label, posterior in comparison.posteriors.items():
             (stage / "posteriors").mkdir(exist_ok=True)
-            path = stage / "posteriors" / f"{_slug(label) if len(comparisons) == 1 else _unique(stage, label, prefix)}.nc"
-            _write_netcdf(posterior.to_arviz(), path)
+            slug = _slug(label)
+            path = stage / "posteriors" / f"{_unique(prefix + slug if slug in files else slug, files)}.nc"
+            with isolated_rng(0):  # draws of a posterior that is not draws
+                data = posterior.to_arviz()
+            _write_netcdf(data, path)
         for key, figure in _figures(comparison).items():
             figure.savefig(stage / f"{key if prefix == '' or len(records) == 1 else prefix + key}.png", dpi=_DPI)
     (stage / "comparison.md").write_text("\n".join(texts), encoding="utf-8")
@@ -427,9 +441,12 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name.strip().lower()).strip("-.") or "unnamed"
 
 
-def _unique(stage: Path, label: str, prefix: str) -> str:
-    slug = _slug(label)
-    return prefix + slug if (stage / "posteriors" / f"{slug}.nc").exists() else slug
+def _unique(slug: str, taken: set[str]) -> str:
+    """The slug, numbered from 2 where it is taken; now it is."""
+    candidates = itertools.chain([slug], (f"{slug}-{number}" for number in itertools.count(2)))
+    found = next(candidate for candidate in candidates if candidate not in taken)
+    taken.add(found)
+    return found
 
 
 # --- The page --------------------------------------------------------------------------------------------------------
@@ -501,7 +518,7 @@ def _html_table(table: Table) -> str:
         f"<li><b>{html.escape(row[0].text)}</b>: {html.escape(row[-1].text)}</li>" for row in table.rows if row[-1].text
     )
     return (
-        f'<div class="scroll"><table class="numbers"><caption>{table.task.capitalize()}, nats per datum</caption>'
+        f'<div class="scroll"><table class="numbers"><caption>{html.escape(table.heading)}</caption>'
         f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><ul class="notes">{notes}</ul>'
     )
 

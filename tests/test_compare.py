@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae.compare import compare
+from pyrovae import data
+from pyrovae.compare import compare, tie_factor
 from pyrovae.guides import AmortizedMeanField
 from pyrovae.inference import EM, Exact, ExactLikelihood, Gibbs, Importance, Variational
 from pyrovae.models import SigmoidBeliefNet, toy
@@ -322,6 +324,188 @@ class TestSorting:
             progress=lambda *a: calls.append(a),
         )
         assert calls == [("EM", 0, 4), ("exact", 1, 4), ("EM", 2, 4), ("exact", 3, 4), ("", 4, 4)]
+
+
+def one_cause(x):
+    """A latent outside the plate: one evidence for all rows."""
+    g = pyro.sample("g", dist.Bernoulli(0.3))
+    mean = pyro.param("mean", torch.tensor(0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(g * mean, 1.0), obs=x)
+
+
+class OffBy:
+    """Exact learning that reports a bound too low by so much."""
+
+    def __init__(self, gap):
+        self.gap = gap
+
+    def fit(self, model, *args):
+        fit = EM(Exact(), 1).fit(model, *args)
+        return replace(fit, bound="lower", history=[{**entry, "bound": entry["bound"] - self.gap} for entry in fit.history])
+
+
+class TestUnit:
+    def test_global_latent(self):
+        x = torch.randn(30)
+        pyro.clear_param_store()
+        methods = {"EM": EM(Exact(), 1), "near": OffBy(2.9), "far": OffBy(3.1), "exact": Exact(), "Gibbs": Gibbs(20, 2, 2)}
+        found = compare(one_cause, x, methods)
+        assert found.metadata["unit"] == "nats, whole data set"
+        assert "per datum" not in found.to_markdown()
+        assert "per datum" not in found._repr_html_()
+        assert "Learning, nats, whole data set" in found.to_markdown()
+        notes = found.learning.set_index("method")["note"]
+        assert "understates" not in notes["near"], "2.9 nats over 30 rows are less than 0.1 a row"
+        assert "understates" in notes["far"]
+
+    def test_local_latents(self):
+        found = compare(small_net(), net_rows(30), {"EM": EM(Exact(), 1), "far": OffBy(2.9), "exact": Exact()})
+        assert found.metadata["unit"] == "nats per datum"
+        assert "whole data set" not in found.to_markdown()
+        assert "understates" in found.learning["note"][1]
+
+
+class Moved:
+    """Exact learning, then `shift` drawn anew each run."""
+
+    def __init__(self, spread):
+        self.spread = spread
+
+    def fit(self, model, *args):
+        fit = EM(Exact(), 1).fit(model, *args)
+        with torch.no_grad():
+            model.prior.add_(self.spread * torch.randn(()))
+        return fit
+
+
+class TestTies:
+    def test_factor(self):
+        """The quantiles of Student's t from tables."""
+        for seeds, quantile in ((1, 2.0), (2, 12.706), (3, 4.303), (5, 2.776), (1000, 1.962)):
+            assert tie_factor(seeds) == pytest.approx(quantile, abs=1e-3)
+
+    def test_words(self):
+        net, x = small_net(), net_rows(20)
+        one = compare(net, x, {"EM": EM(Exact(), 1), "moved": Moved(1e-4)}).learning["note"][1]
+        other = compare(net, x, {"EM": EM(Exact(), 1), "moved": Moved(1e-4)}, x_test=x[:9]).learning["note"][1]
+        assert one == "tie with EM (within 2 s.e. over training rows, one run)" or "tie" not in one
+        assert other == "tie with EM (within 2 s.e. over test rows, one run)" or "tie" not in other
+        assert "tie" in one + other
+        both = compare(net, x, {"EM": EM(Exact(), 1), "again": Moved(0.5)}, seeds=range(3)).learning
+        row = both.loc[1]
+        within = abs(row["difference"]) < 4.303 * row["difference_se"]
+        assert ("tie with EM (within 4.3 s.e. over seeds)" in row["note"]) == within
+
+
+class TestEqualStarts:
+    def test_without_reset(self):
+        def model(x):
+            weight = pyro.param("weight", torch.tensor([[0.3, -0.2, 0.1, 0.4], [0.0, 0.5, -0.3, 0.2]]))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Bernoulli(0.4 * torch.ones(2)).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=z @ weight).to_event(1), obs=x)
+
+        pyro.clear_param_store()
+        x = torch.bernoulli(0.5 * torch.ones(9, 4))
+        methods = {
+            "EM": EM(Exact(), 2),
+            "gradient": Variational(None, ExactLikelihood(), num_steps=2),
+            "MC": EM(Gibbs(3, 1, 1), 2),
+        }
+        table = compare(model, x, methods, seeds=(0, 1, 2)).learning.set_index("method")
+        for name in methods:
+            assert "all seeds start alike: the model has no reset_parameters" in table["note"][name]
+        for name in ("EM", "gradient"):
+            for column in ("log_p_train_se", "own_bound_se", "gap_se", "difference_se"):
+                assert pd.isna(table[column][name]), (name, column)
+        assert "tie" not in table["note"]["gradient"]
+        assert table["log_p_train_se"]["MC"] > 0, "a learner that samples has a spread all the same"
+        assert "alike" not in compare(model, x, {"EM": EM(Exact(), 2)}).learning["note"][0]
+
+    def test_with_reset(self):
+        table = compare(small_net(), net_rows(9), {"EM": EM(Exact(), 2)}, seeds=(0, 1)).learning
+        assert "alike" not in table["note"][0]
+        assert table["log_p_train_se"][0] > 0
+
+    def test_drawn_start(self):
+        """A plain function whose parameters are drawn at their first use starts anew each seed."""
+
+        def model(x):
+            weight = pyro.param("weight", lambda: torch.randn(2, 4))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Bernoulli(0.4 * torch.ones(2)).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=z @ weight).to_event(1), obs=x)
+
+        pyro.clear_param_store()
+        found = compare(model, torch.bernoulli(0.5 * torch.ones(9, 4)), {"EM": EM(Exact(), 1)}, seeds=(0, 1))
+        starts = [fit.history[0]["bound"] for fit in found.runs["EM"]]
+        assert ("alike" in found.learning["note"][0]) == (starts[0] == starts[1])
+
+
+class TestRefusedData:
+    """Grey rows: the exact evaluation refuses them, a learner that binarizes takes them."""
+
+    @pytest.mark.parametrize("function", [False, True])
+    def test_blank_with_reason(self, function):
+        net = small_net()
+        grey = net_rows(8) * 0.6 + 0.2
+        model = (lambda x: net(x)) if function else net
+        methods = {"VI": Variational(AmortizedMeanField(net), num_steps=3, preprocess=data.binarize)}
+        before = everything(net)
+        row = compare(model, grey, methods, x_test=grey[:3]).learning.loc[0]
+        assert same(before, everything(net))
+        assert all(pd.isna(row[c]) for c in ("log_p_train", "log_p_test", "gap", "difference"))
+        assert not pd.isna(row["own_bound"])
+        assert "exact log p(x) not computed: expected " in row["note"]
+        assert "divide" not in row["note"], "the first clause alone"
+        judged = compare(model, grey, methods, x_test=net_rows(3)).learning.loc[0]
+        assert pd.isna(judged["log_p_train"])
+        assert not pd.isna(judged["log_p_test"])
+
+    def test_nobody_takes_them(self):
+        net = small_net()
+        grey = net_rows(8) * 0.6 + 0.2
+        for method in (EM(Exact(), 1), Variational(AmortizedMeanField(net), num_steps=2), Exact()):
+            with pytest.raises(ValueError, match="expected"):
+                compare(net, grey, {"it": method})
+
+    def test_test_width_is_refused_before_learning(self):
+        class Runs:
+            preprocess = staticmethod(data.binarize)
+
+            def fit(self, model, *args):
+                pytest.fail("work began")
+
+        with pytest.raises(ValueError, match="expected"):
+            compare(small_net(), net_rows(8), {"it": Runs()}, x_test=net_rows(8)[:, :4])
+
+
+def test_a_class_is_no_method():
+    with pytest.raises(ValueError, match=r"expected an instance of a method, got the class EM for 'e'; write EM\(...\)"):
+        compare(small_net(), net_rows(3), {"e": EM})
+
+
+class TestChainNotes:
+    def test_constant(self):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(torch.tensor([0.5, 1.0])).to_event(1))
+
+        note = compare(model, torch.zeros(3), {"Gibbs": Gibbs(40, 2, 2)}).inference["note"][0]
+        assert "3 of 6 quantities constant in every chain" in note
+        assert "never moved" not in note
+
+    def test_one_chain(self):
+        note = compare(small_net(), net_rows(4), {"Gibbs": Gibbs(200, 1, 2)}).inference["note"][0]
+        assert "one chain: no R-hat" in note
+        assert "constant" not in note
+
+    def test_sampled_bound(self):
+        net = small_net()
+        guide = AmortizedMeanField(net)
+        table = compare(net, net_rows(4), {"VI": Variational(guide, num_samples=20)}, learn=False, max_evaluations=0).inference
+        assert table["note"][0] == "lower bound in expectation"
 
 
 def test_metadata():

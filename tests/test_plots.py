@@ -63,6 +63,23 @@ def test_all(both, dark, tmp_path):
     assert "data" in said[4]
 
 
+def test_unit_and_error_bars(both):
+    """The unit of the comparison stands at the axes; with several seeds the bars are Student's."""
+    from dataclasses import replace
+
+    learning, inference = both
+    assert "2 s.e. over rows" in words(plots.learned(learning))
+    whole = {"unit": "nats, whole data set", "seeds": [0, 1, 2]}
+    learning = replace(learning, metadata={**learning.metadata, **whole})
+    inference = replace(inference, metadata={**inference.metadata, **whole})
+    said = [
+        words(figure)
+        for figure in (plots.learning_curves(learning), plots.learned(learning), plots.inference_errors(inference))
+    ]
+    assert all("nats, whole data set" in text and "per datum" not in text for text in said)
+    assert "4.3 s.e. over seeds" in said[1]
+
+
 def test_values(both):
     """The filled and hollow markers stand where the table says."""
     learning, _ = both

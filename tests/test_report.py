@@ -136,6 +136,22 @@ class TestSave:
             drawn = torch.as_tensor(gibbs["h1"].values.astype(float))
         assert torch.equal(drawn, both["inference"].posteriors["Gibbs"].draws["h1"])
 
+    def test_slugs_that_coincide(self, both, tmp_path):
+        posterior = both["inference"].posteriors["VI"]
+        named = replace(both["inference"], reference=None, posteriors=dict.fromkeys(("a b", "a-b", "A b", "a-b-2"), posterior))
+        assert len(list((named.save(tmp_path / "one") / "posteriors").iterdir())) == 4
+        report.write_report({"x y": named, "x-y": named}, tmp_path / "two", "title")
+        assert len(list((tmp_path / "two" / "posteriors").iterdir())) == 8
+        assert len(list((tmp_path / "two").glob("*inference.csv"))) == 2
+
+    def test_random_state_stays(self, both, tmp_path):
+        before = torch.get_rng_state()
+        both["inference"].posteriors["VI"].to_arviz()
+        assert not torch.equal(before, torch.get_rng_state()), "the draws would move it"
+        before = torch.get_rng_state()
+        both["inference"].save(tmp_path)
+        assert torch.equal(before, torch.get_rng_state())
+
     def test_updates(self, both, tmp_path):
         (tmp_path / "mine.txt").write_text("stays")
         (tmp_path / "learning.csv").write_text("old")
@@ -194,6 +210,7 @@ class TestPage:
         text = page.read_text()
         for mark in ("exact", "lower", "upper", "estimate"):
             assert f'class="m {mark}"' in text
+        assert "in expectation where a ± stands" in text
         assert "A &lt;net&gt; &amp; more" in text
         assert "A note with &lt;b&gt;." in text
         assert "prefers-color-scheme:dark" in text

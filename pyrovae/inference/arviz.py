@@ -27,7 +27,9 @@ def to_arviz(posterior: Posterior, num_draws: int) -> Any:
 
 
 def effective_sample_size(draws: Tensor) -> Tensor:
-    """Bulk effective sample size of draws `[chain, draw, …]`, `[…]`; NaN where a quantity never changes.
+    """Bulk effective sample size of draws `[chain, draw, …]`, `[…]`.
+
+    NaN where a quantity never changes, and for fewer than 4 draws.
 
     References:
         Rank-normalization, folding, and localization: an improved R-hat (Vehtari et al., 2021)
@@ -37,7 +39,9 @@ def effective_sample_size(draws: Tensor) -> Tensor:
 
 
 def split_rhat(draws: Tensor) -> Tensor:
-    """Rank-normalised split R-hat of draws `[chain, draw, …]`, `[…]`; NaN where a quantity never changes.
+    """Rank-normalised split R-hat of draws `[chain, draw, …]`, `[…]`.
+
+    NaN where a quantity never changes, for one chain and for fewer than 4 draws.
 
     References:
         Rank-normalization, folding, and localization: an improved R-hat (Vehtari et al., 2021)
@@ -80,6 +84,8 @@ def _per_quantity(name: str, draws: Tensor) -> Tensor:
     array = _array(draws).astype(float)
     flat = array.reshape((*array.shape[:2], -1))
     found = np.full(flat.shape[-1], np.nan)
+    if array.shape[1] < 4 or (name == "rhat" and array.shape[0] < 2):  # ArviZ's 0.x logs a warning for each quantity
+        return torch.as_tensor(found).reshape(draws.shape[2:])
     varied = np.flatnonzero(np.ptp(flat, axis=(0, 1)) > 0)
     statistic = _statistic(name)
     with warnings.catch_warnings():

@@ -95,6 +95,15 @@ def test_statistics_of_chains():
     assert float(ess[2, 1]) < 20 < 100 < float(ess[0, 0])
 
 
+@pytest.mark.parametrize(("chains", "draws"), [(1, 100), (1, 3), (4, 3), (4, 1)])
+def test_too_few_for_rhat(chains, draws, caplog):
+    """NaN, and no word of ArviZ's in the log."""
+    states = torch.randn(chains, draws, 5)
+    assert bool(torch.isnan(split_rhat(states)).all())
+    assert bool(torch.isnan(effective_sample_size(states)).all()) == (draws < 4)
+    assert not caplog.records
+
+
 def test_pareto_k():
     """A generalised Pareto tail of known shape is found; equal weights have none; zero weights are no draws."""
     torch.manual_seed(2)
