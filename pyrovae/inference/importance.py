@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pyrovae.handlers.structure import check_whole_plates, common_scale
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program
@@ -20,7 +21,9 @@ class Importance:
     `log_evidence` is log (1/K) Σ_k w_k, in expectation a lower bound of log p(x) (the importance-weighted bound), with its
     standard error by the delta method. `diagnostics` holds, per datum, the effective sample size `ess [batch]` and the tail
     shape `pareto_k [batch]` of the weights (ArviZ's); where k > 0.7 the numbers of that datum should not be trusted.
-    Expectations are biased by O(1/K). Costs K model evaluations a datum. Any program and any guide over its latents.
+    Expectations are biased by O(1/K). A datum none of whose draws has a weight above 0 has no estimate: its `log_evidence` is
+    −inf with `stderr` inf, `ess` 0 and `pareto_k` inf, its draws are the guide's with equal weights, and `diagnostics["note"]`
+    says how many rows are so. Costs K model evaluations a datum. Any program and any guide over its latents.
 
     Args:
         guide: a Pyro guide with the model's arguments.
@@ -53,23 +56,34 @@ class Importance:
 
         begin = time.perf_counter()
         log_joint = LogJoint(model, args, kwargs)
+        common_scale(log_joint.structure, "Importance")
+        check_whole_plates(log_joint.structure, "Importance")
         states, log_w = weigh(log_joint, self.guide, self.num_samples)
-        ess = effective_sample_size(log_w)
+        lost = torch.isneginf(log_w).all(0)
+        ess = torch.where(lost, 0.0, effective_sample_size(log_w))
         rows = log_joint.structure.batch_shape.numel()
         latents = log_joint.structure.latents
         return DrawsPosterior(
             structure=log_joint.structure,
             log_evidence=log_mean_exp(log_w),
             bound="lower",
-            stderr=(1 / ess - 1 / self.num_samples).clamp_min(0).sqrt(),
+            stderr=(1 / ess - 1 / self.num_samples).clamp_min(0).sqrt(),  # 1 / 0 is inf
             diagnostics={
                 "model_evaluations": self.num_samples * rows,
                 "ess": ess,
                 "pareto_k": pareto_k(log_w),
+                **({"note": _note(int(lost.sum()), lost.numel(), self.num_samples)} if bool(lost.any()) else {}),
             },
             seconds=time.perf_counter() - begin,
             log_joint=log_joint,
             codes={s.name: s.encode(states[s.name]).to(torch.int32) for s in latents if s.finite},
             values={s.name: states[s.name] for s in latents if not s.finite},
-            log_weights=torch.log_softmax(log_w, 0),
+            log_weights=torch.log_softmax(torch.where(lost, 0.0, log_w), 0),
         )
+
+
+def _note(lost: int, rows: int, num_samples: int) -> str:
+    return (
+        f"{lost} of {rows} rows have no draw of weight above 0 among {num_samples}: no estimate there; give a guide that "
+        "covers the posterior, or more samples"
+    )

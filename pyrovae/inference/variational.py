@@ -162,7 +162,8 @@ class Variational:
             **kwargs: its keyword arguments.
 
         Returns:
-            A posterior of `num_samples` draws; `log_evidence` is the evidence lower bound. `diagnostics["losses"]` are
+            A posterior of `num_samples` draws; `log_evidence` is the evidence lower bound, −inf with `stderr` inf where the
+            guide draws what the model excludes. `diagnostics["losses"]` are
             the losses of the steps on the guide.
 
         Raises:
@@ -183,7 +184,7 @@ class Variational:
             structure=log_joint.structure,
             log_evidence=log_w.mean(0),
             bound="lower",
-            stderr=log_w.std(0) / math.sqrt(self.num_samples),
+            stderr=(log_w.std(0) / math.sqrt(self.num_samples)).masked_fill(torch.isneginf(log_w).any(0), math.inf),
             diagnostics={"model_evaluations": evaluations + self.num_samples * rows, "losses": tuple(losses)},
             seconds=time.perf_counter() - begin,
             log_joint=log_joint,
@@ -240,6 +241,8 @@ class Variational:
         log_w = weigh(LogJoint(run.model, args, run.kwargs), self.guide, self.num_log_samples)[1]
         rows = max(1, log_w[0].numel())
         run.evaluations += log_w.numel()
+        if bool(torch.isneginf(log_w).any()):
+            return -math.inf, math.inf
         return float(log_w.mean()), float((log_w.var(0) / log_w.shape[0]).sum().sqrt() / rows)
 
 

@@ -12,7 +12,7 @@ from stats import bound, largest_z, means_agree
 from torch import nn
 
 from pyrovae.guides import AmortizedMeanField, LocalMeanField
-from pyrovae.inference import Exact, Importance
+from pyrovae.inference import Exact, Importance, Variational
 from pyrovae.models import toy
 
 
@@ -124,6 +124,44 @@ def test_pareto_k_with_impossible_draws():
     assert bool(torch.isfinite(posterior.diagnostics["pareto_k"]).all())
     assert float(posterior.diagnostics["pareto_k"][1]) > float(posterior.diagnostics["pareto_k"][0])
     assert bool(torch.isfinite(posterior.expected_log_joint(model)).all())
+
+
+def test_rows_without_any_weight():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.factor("allowed", torch.where((x < 0) & (z < 2), -math.inf, 0.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(0.4))
+
+    x = torch.tensor([0.1, -1.0, 4.0])
+    posterior = Importance(guide, 50).infer(model, x)
+    diagnostics = posterior.diagnostics
+    assert diagnostics["note"].startswith("1 of 3 rows")
+    assert torch.equal(diagnostics["ess"] == 0, x < 0)
+    assert torch.equal(torch.isposinf(diagnostics["pareto_k"]), x < 0)
+    assert torch.equal(torch.isneginf(posterior.log_evidence), x < 0)
+    assert torch.equal(torch.isposinf(posterior.stderr), x < 0)
+    assert torch.equal(torch.isneginf(posterior.expected_log_joint(model)), x < 0)
+    value, stderr = posterior.expectation(lambda s: s["z"])
+    for found in (
+        posterior.log_weights,
+        value,
+        stderr,
+        posterior.marginals["z"],
+        posterior.mean["z"],
+        posterior.sample(9)["z"],
+    ):
+        assert not bool(torch.isnan(found).any())
+    assert torch.allclose(posterior.log_weights.exp().sum(0), torch.ones(3))
+    usual = Importance(guide, 50).infer(model, x[::2])
+    assert "note" not in usual.diagnostics
+    bounded = Variational(guide, num_samples=50).infer(model, x)
+    assert torch.equal(torch.isneginf(bounded.log_evidence), x < 0)
+    assert torch.equal(torch.isposinf(bounded.stderr), x < 0)
 
 
 def test_closed_form_evidence_of_a_continuous_program():
