@@ -108,6 +108,8 @@ class Structure:
         leaves: the unconstrained parameters that the program used, by name.
         sequential: names of sequential plates.
         random_plates: names of plates that draw which rows they see.
+        scales: `poutine.scale` of each site, the plates' factors divided out.
+        masks: the mask of each latent, a tensor over its plates, a bool or None.
     """
 
     latents: tuple[Latent, ...]
@@ -118,6 +120,8 @@ class Structure:
     leaves: dict[str, Tensor] = field(repr=False)
     sequential: tuple[str, ...] = ()
     random_plates: tuple[str, ...] = ()
+    scales: dict[str, Any] = field(default_factory=dict, repr=False)
+    masks: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def plates(self) -> frozenset[Plate]:
@@ -210,6 +214,8 @@ def read_structure(program: Callable[..., Any], args: tuple[Any, ...], kwargs: M
         leaves=leaves,
         sequential=tuple(sorted(sequential)),
         random_plates=tuple(sorted(random)),
+        scales={name: site.user_scale for name, site in sites.items()},
+        masks={site.name: both(unmask(site.fn)[1], site.mask) for site in sites.values() if not site.observed},
     )
 
 
@@ -237,11 +243,68 @@ def draw_sites(
         return _record(program, args, kwargs, {}, subsample, {})[0]
 
 
-def finite_latents(structure: Structure, method: str, instead: str) -> tuple[Latent, ...]:
-    """The latents of a structure, once it is sure that they can be enumerated.
+def common_scale(structure: Structure, method: str) -> Any:
+    """The `poutine.scale` that all sites share.
 
     Raises:
-        ValueError: if there is none, one is continuous, or a plate is sequential.
+        ValueError: if they differ: no posterior has their product for its joint.
+    """
+    (first, reference), *others = structure.scales.items()
+    for name, scale in others:
+        a, b = torch.as_tensor(scale, dtype=torch.double), torch.as_tensor(reference, dtype=torch.double)
+        if a.shape != b.shape or not torch.allclose(a, b):
+            raise ValueError(
+                f"expected one poutine.scale for all sites, got different ones at {first!r} and {name!r}; then no "
+                f"posterior exists whose evidence {method} could return, scale all sites alike or none"
+            )
+    return reference
+
+
+def check_whole_plates(structure: Structure, method: str) -> None:
+    """Refuse a subsampled plate with a latent outside it: the rows seen do not tell that latent's posterior.
+
+    Raises:
+        ValueError: with the plate and the latent.
+    """
+    for plate in structure.plates:
+        outside = [latent.name for latent in structure.latents if plate not in latent.plates]
+        if plate.size < plate.full_size and outside:
+            raise ValueError(
+                f"expected the whole plate {plate.name!r} with the latent {outside[0]!r} outside it, got {plate.size} of "
+                f"{plate.full_size} rows; {method} cannot scale a subsample inside a sum, pass all rows"
+            )
+
+
+def one_plate_a_dim(structure: Structure, method: str) -> None:
+    """Refuse sibling plates that share a dim, which tables could not tell apart.
+
+    Raises:
+        ValueError: with the two plates.
+    """
+    at: dict[int, str] = {}
+    for plate in sorted(structure.plates, key=lambda plate: plate.name):
+        if at.setdefault(plate.dim, plate.name) != plate.name:
+            raise ValueError(
+                f"expected one plate a dim, got the sibling plates {at[plate.dim]!r} and {plate.name!r} both along dim "
+                f"{plate.dim}; {method} keeps them apart by their dims, write pyro.plate(..., dim={-1 - structure.plate_depth})"
+            )
+
+
+def copied(arguments: Any) -> Any:
+    """Arguments with their tensors cloned: a posterior that looks at the data again must not see later changes."""
+    if isinstance(arguments, Tensor):
+        return arguments.clone()
+    if type(arguments) in (tuple, list):
+        return type(arguments)(copied(value) for value in arguments)
+    return {key: copied(value) for key, value in arguments.items()} if type(arguments) is dict else arguments
+
+
+def finite_latents(structure: Structure, method: str, instead: str) -> tuple[Latent, ...]:
+    """The latents of a structure, once it is sure that their states can be listed and have a posterior.
+
+    Raises:
+        ValueError: if there is none, one is continuous, a plate is sequential, sites are scaled differently, or a subsampled
+            plate has a latent outside it.
     """
     if structure.sequential:
         raise ValueError(
@@ -257,6 +320,8 @@ def finite_latents(structure: Structure, method: str, instead: str) -> tuple[Lat
             raise ValueError(
                 f"expected latents with finitely many values for {method}, got the {what} site {latent.name!r}; {remedy}"
             )
+    common_scale(structure, method)
+    check_whole_plates(structure, method)
     return structure.latents
 
 
@@ -281,6 +346,8 @@ class _Recorder(Messenger):
         if _is_subsample(msg):
             if msg["value"] is not None:
                 self.drawn[msg["name"]] = msg["value"]
+            return
+        if _is_deterministic(msg):
             return
         if msg["name"] in self.sites:
             raise ValueError(f"expected one statement a site, got the name {msg['name']!r} twice; rename one")
@@ -311,6 +378,12 @@ def _record(
     return recorder.sites, recorder.drawn
 
 
+def _is_deterministic(msg: dict[str, Any]) -> bool:
+    """Whether a site is `pyro.deterministic`: a value with a name, which observes nothing and may lie in any plates."""
+    fn, mask, _ = unmask(msg["fn"])
+    return msg["is_observed"] and mask is False and isinstance(fn, dist.Delta)
+
+
 def _is_subsample(msg: dict[str, Any]) -> bool:
     return type(msg["fn"]).__name__ == "_Subsample"
 
@@ -334,6 +407,8 @@ def _check_site(site: Site) -> None:
             )
     if site.observed and isinstance(site.value, Tensor):
         event = site.fn.event_shape
+        if not site.value.is_floating_point() and _base_support(site.fn.support) is constraints.boolean:
+            raise ValueError(f"expected floating {site.name} in {{0, 1}}, got {site.value.dtype}; pass {site.name}.float()")
         if event and site.value.shape[-len(event) :] != event:
             raise ValueError(
                 f"expected {site.name} with rows of shape {tuple(event)}, got {tuple(site.value.shape)}; pass data of the "

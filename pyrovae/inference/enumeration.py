@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyrovae.handlers.structure import Latent, Structure, finite_latents, read_structure, run_sites
+from pyrovae.handlers.structure import (
+    Latent,
+    Structure,
+    common_scale,
+    finite_latents,
+    one_plate_a_dim,
+    read_structure,
+    run_sites,
+)
 from pyrovae.inference.elimination import Reduce, Term, add, eliminate, elimination_numel, logsumexp, sum_plates
 from pyrovae.inference.factors import Factor, site_factor
 from pyrovae.inference.spot_check import INSTEAD, Mismatch, Refusal, SiteShape, SpotCheck
@@ -94,6 +102,7 @@ class Enumeration:
         self.shapes: dict[str, SiteShape] = {}
         latents = finite_latents(self.structure, method, "Variational, Importance or MCMC(NUTS(model), ...)")
         self.levels = _nested_levels(self.structure, latents, method)
+        self.scale = common_scale(self.structure, method)
         with isolated_rng():
             self._lay_out(latents, (max_bytes, max_evaluations) if states is None else None)
         if states is not None:
@@ -109,9 +118,8 @@ class Enumeration:
 
     @property
     def num_evaluations(self) -> int:
-        """Joint states x rows: how many values of log p(x, z) the tables stand for."""
-        rows = math.prod(plate.size for plate in {p for latent in self.structure.latents for p in latent.plates})
-        return math.prod(axis.size for axis in self.axes) * rows
+        """How many values of log p(x, z) the sums run over: entries of the largest table, of several layers one by one."""
+        return max(math.prod(shape) for shape in self._made({axis.dim: axis.size for axis in self.axes}))
 
     def factors(self, chunk: slice | None = None, program: Callable[..., Any] | None = None) -> dict[str, Factor]:
         """The factor of every site at the states of a chunk, one run of the program.
@@ -212,7 +220,7 @@ class Enumeration:
                 )
                 continue
             try:
-                self.shapes, self.scale = SpotCheck(self).run()
+                self.shapes = SpotCheck(self).run()
                 if plan is not None:
                     self.chunk_axis, self.chunk_size = self._plan(*plan)
             except Refusal:
@@ -342,17 +350,5 @@ def _nested_levels(structure: Structure, latents: Sequence[Latent], method: str)
                 f"expected the plates of latents nested in one another, got {a.name!r} and {b.name!r} in sibling plates; "
                 f"{method} cannot sum them level by level, make one of them a vector with .to_event(1)"
             )
-    at: dict[int, str] = {}
-    for plate in sorted(structure.plates, key=lambda plate: plate.name):
-        if at.setdefault(plate.dim, plate.name) != plate.name:
-            raise ValueError(
-                f"expected one plate a dim, got the sibling plates {at[plate.dim]!r} and {plate.name!r} both along dim "
-                f"{plate.dim}; {method} keeps them apart by their dims, write pyro.plate(..., dim={-1 - structure.plate_depth})"
-            )
-        outside = [s.name for s in latents if plate.dim not in s.plate_dims]
-        if plate.size < plate.full_size and outside:
-            raise ValueError(
-                f"expected the whole plate {plate.name!r} with the latent {outside[0]!r} outside it, got "
-                f"{plate.size} of {plate.full_size} rows; {method} cannot scale a subsample inside a sum, pass all rows"
-            )
+    one_plate_a_dim(structure, method)
     return levels

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Latent
+from pyrovae.handlers.structure import Latent, copied
 from pyrovae.inference.elimination import Term, amax, logsumexp
 from pyrovae.inference.enumeration import Axis, Enumeration
+from pyrovae.inference.factors import dot
 from pyrovae.inference.posterior import Program, States, code_marginals
 from pyrovae.inference.solution import Clique, Solution
 from pyrovae.inference.tabulated import TabulatedPosterior, weighted_sum
@@ -68,7 +69,7 @@ class Exact:
         """
         start = time.perf_counter()
         with torch.no_grad():
-            space = Enumeration(model, _copy(args), _copy(kwargs), max_bytes=self.max_bytes)
+            space = Enumeration(model, copied(args), copied(kwargs), max_bytes=self.max_bytes)
             solution = Solution(space)
         return ExactPosterior(
             structure=space.structure,
@@ -145,7 +146,8 @@ class ExactPosterior(TabulatedPosterior):
                     f"{tuple(value.shape)}; f must treat rows apart, average over posterior.sample(n) otherwise"
                 )
             weights = weights.reshape(weights.shape + (1,) * (value.dim() - weights.dim()))
-            part = (weights.to(value.dtype) * value if value.is_floating_point() else weights * value).sum(0)
+            value = value if value.is_floating_point() else value.to(weights.dtype)
+            part = dot(weights, value).sum(0)
             total = part if total is None else total + part
         assert total is not None
         return total, torch.zeros_like(total)
@@ -241,15 +243,6 @@ class ExactPosterior(TabulatedPosterior):
         return index
 
 
-def _copy(arguments: Any) -> Any:
-    """Arguments with their tensors cloned: a posterior that looks at the data again must not see later changes."""
-    if isinstance(arguments, Tensor):
-        return arguments.clone()
-    if type(arguments) in (tuple, list):
-        return type(arguments)(_copy(value) for value in arguments)
-    return {key: _copy(value) for key, value in arguments.items()} if type(arguments) is dict else arguments
-
-
 class _Asked(dict):  # type: ignore[type-arg]
     """A dict that remembers which keys were read."""
 
@@ -262,12 +255,26 @@ class _Asked(dict):  # type: ignore[type-arg]
         value: Tensor = super().__getitem__(name)
         return value
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a site, which counts as read."""
+        self.names.add(name)
+        return super().get(name, default)
+
+    def keys(self) -> Any:
+        """All names, all of which count as read: what follows is not known."""
+        self.names.update(list(super().keys()))
+        return super().keys()
+
     def values(self) -> Any:
-        """All values: every name counts as read."""
-        self.names.update(self)
+        """All values, all of which count as read."""
+        self.names.update(list(super().keys()))
         return super().values()
 
     def items(self) -> Any:
-        """All items: every name counts as read."""
-        self.names.update(self)
+        """All items, all of which count as read."""
+        self.names.update(list(super().keys()))
         return super().items()
+
+    def __iter__(self) -> Iterator[str]:
+        self.names.update(list(super().keys()))
+        return super().__iter__()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Latent, Structure, draw_sites, read_structure, run_sites
+from pyrovae.handlers.structure import Latent, Observed, Structure, copied, draw_sites, read_structure, run_sites
 from pyrovae.inference.elimination import Term, add, sum_plates
 from pyrovae.inference.factors import site_factor
 from pyrovae.ops import isolated_rng
@@ -39,9 +39,11 @@ class LogJoint:
         *,
         structure: Structure | None = None,
     ) -> None:
-        self.program, self.args, self.kwargs = program, args, dict(kwargs)
+        self.program, self.args, self.kwargs = program, copied(args), copied(dict(kwargs))
         self.structure = read_structure(program, args, kwargs) if structure is None else structure
         self.plate_sizes = {plate.dim: plate.size for plate in self.structure.plates}
+        sites: list[Latent | Observed] = [*self.structure.latents, *self.structure.observed]
+        self._sizes = {site.name: {plate.dim: plate.size for plate in site.plates} for site in sites}
         self._broadcasts: bool | None = None
 
     @property
@@ -59,11 +61,12 @@ class LogJoint:
             states: `{site: [K, *batch_shape, *event]}` for every latent.
             program: another program with the same sites (the model after an M-step).
         """
-        size = next(iter(states.values())).shape[0]
-        terms = self.terms(states, program)
-        keep = frozenset(plate.dim for plate in self.structure.batch)
-        total = add(sum_plates(term, keep, self.plate_sizes).table for term in terms.values())
-        return self.structure.to_batch(total.expand((size, *total.shape[1:])))
+        return self.total(self.terms(states, program), next(iter(states.values())).shape[0])
+
+    def total(self, terms: Mapping[str, Term], num_states: int) -> Tensor:
+        """The sum of terms `[K, batch]`, each over its plates outside the batch."""
+        total = self._sum(terms)
+        return self.structure.to_batch(total.expand((num_states, *total.shape[1:])))
 
     def terms(self, states: Mapping[str, Tensor], program: Program | None = None) -> dict[str, Term]:
         """The log probability of every site, `[K, plates]`."""
@@ -74,7 +77,7 @@ class LogJoint:
         names = [name for name in rows[0] if all(name in row for row in rows)]
         if len(names) < max(len(row) for row in rows):
             # Sites that exist at some states only: told as one term over the batch.
-            return {"log_joint": Term(torch.cat([self._total(row) for row in rows]), self._batch_dims(), 0)}
+            return {"log_joint": Term(torch.cat([self._sum(row) for row in rows]), self._batch_dims(), 0)}
         found = {}
         for name in names:
             shape = torch.broadcast_shapes(*(row[name].table.shape for row in rows))
@@ -121,8 +124,9 @@ class LogJoint:
                     return False
         return True
 
-    def _total(self, terms: Mapping[str, Term]) -> Tensor:
-        return add(sum_plates(term, self._batch_dims(), self.plate_sizes).table for term in terms.values())
+    def _sum(self, terms: Mapping[str, Term]) -> Tensor:
+        keep = self._batch_dims()
+        return add(sum_plates(t, keep, self._sizes.get(name, self.plate_sizes)).table for name, t in terms.items())
 
     def _batch_dims(self) -> frozenset[int]:
         return frozenset(plate.dim for plate in self.structure.batch)

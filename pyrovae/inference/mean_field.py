@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae.handlers.structure import copied
 from pyrovae.inference.elimination import Term, add, sum_plates
 from pyrovae.inference.enumeration import Axis, Enumeration
 from pyrovae.inference.exact import ExactPosterior
@@ -70,7 +71,7 @@ class MeanField:
         begin = time.perf_counter()
         with torch.no_grad():
             try:
-                space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="MeanField")
+                space = Enumeration(model, copied(args), copied(kwargs), max_bytes=self.max_bytes, method="MeanField")
             except ValueError as error:
                 if "bytes" in str(error):
                     raise ValueError(f"{error}; {_INSTEAD}") from error
@@ -255,7 +256,7 @@ def _contract(operands: Sequence[Tensor], away: frozenset[int]) -> Tensor:
     ndim = operands[0].dim()
     varied = [[d for d in range(-ndim, 0) if t.shape[d] > 1] for t in operands]
     kept = sorted({d for dims in varied for d in dims} - away)
-    letter = dict(zip(range(-ndim, 0), string.ascii_letters, strict=False))
+    letter = dict(zip(sorted({d for dims in varied for d in dims}), string.ascii_letters, strict=False))
     formula = ",".join("".join(letter[d] for d in dims) for dims in varied)
     result = torch.einsum(f"{formula}->{''.join(letter[d] for d in kept)}", *(t.squeeze() for t in operands))
     shape = [1] * ndim

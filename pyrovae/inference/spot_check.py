@@ -57,8 +57,8 @@ class SpotCheck:
         self.space = space
         self.shapes: dict[str, SiteShape] = {}
 
-    def run(self) -> tuple[dict[str, SiteShape], Any]:
-        """The shapes of all sites, and the `poutine.scale` that they share.
+    def run(self) -> dict[str, SiteShape]:
+        """The shapes of all sites.
 
         Raises:
             Mismatch: if a joint state has one log probability alone and another among others.
@@ -72,7 +72,6 @@ class SpotCheck:
             for axis in self.space.axes:
                 values.update(self.space.values(axis, spots if axis in active else {n: c[2:] for n, c in spots.items()}))
             sites = run_sites(self.space.program, self.space.args, self.space.kwargs, values, self.space.structure.subsample)
-            scale = _common_scale({name: site.user_scale for name, site in sites.items()}, self.space.method)
             tables = {name: self._learn_shape(site) for name, site in sites.items()}
             for pick in self._picks():
                 picks = {
@@ -83,7 +82,7 @@ class SpotCheck:
                 self._compare(tables, single, {axis.dim: picks[axis.dim] * (axis in active) for axis in self.space.axes})
         for name, shape in self.shapes.items():
             self.shapes[name] = self._settle(shape)
-        return self.shapes, scale
+        return self.shapes
 
     def _spot_codes(self, site: Latent, stream: torch.Generator) -> Tensor:
         """Codes `[3, components]` of a site's first value, its last and a random one."""
@@ -158,7 +157,12 @@ class SpotCheck:
         for name, site in single.items():
             reference = site_factor(site, depth, plain=True).table()
             table = gather(tables[name].unsqueeze(0), {dim: pick.unsqueeze(0) for dim, pick in picks.items()}, depth)[0, 0]
-            tolerance = torch.finfo(table.dtype).eps ** 0.5
+            if bool(torch.isnan(reference).any()):
+                raise Refusal(
+                    f"expected numbers for log p of site {name!r}, got NaN at some states; look for infinite or NaN parameters "
+                    "and data"
+                )
+            tolerance = max(torch.finfo(dtype).eps for dtype in _float_types(table, reference, site.value)) ** 0.5
             finite = torch.isfinite(reference) & torch.isfinite(table)
             gap = torch.where(finite, (table - reference).abs(), (table != reference).to(table.dtype))
             if bool((gap > tolerance * (1 + torch.where(finite, reference.abs(), 0.0))).any()):
@@ -178,13 +182,6 @@ class Refusal(ValueError):
     """A program that no layout can serve."""
 
 
-def _common_scale(scales: Mapping[str, Any], method: str) -> Any:
-    (first, reference), *others = scales.items()
-    for name, scale in others:
-        a, b = torch.as_tensor(scale, dtype=torch.double), torch.as_tensor(reference, dtype=torch.double)
-        if a.shape != b.shape or not torch.allclose(a, b):
-            raise Refusal(
-                f"expected one poutine.scale for all sites, got different ones at {first!r} and {name!r}; then no "
-                f"posterior exists whose evidence {method} could return, scale all sites alike or none"
-            )
-    return reference
+def _float_types(*tensors: Any) -> list[torch.dtype]:
+    """The floating types among tensors: agreement is to the coarsest."""
+    return [t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]

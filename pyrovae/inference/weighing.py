@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import pyro
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Structure, draw_sites
-from pyrovae.inference.elimination import Term, add, sum_plates
+from pyrovae.handlers.structure import both, draw_sites, unmask
+from pyrovae.inference.elimination import Term
 from pyrovae.inference.factors import site_factor
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program, States
@@ -22,7 +22,9 @@ _MAX_BYTES = 2**28
 def weigh(log_joint: LogJoint, guide: Program, num_particles: int) -> tuple[States, Tensor]:
     """Draw from a guide and weigh, without gradients.
 
-    Plate factors and scales are left out, so that the weights are those of the rows seen.
+    Plate factors and scales are left out, so that the weights are those of the rows seen. Elements of a latent that both
+    model and guide mask count in neither; those that only one of them masks count in both, so that the weights stay those of
+    normalised densities.
 
     Args:
         log_joint: of the model at its arguments.
@@ -44,34 +46,40 @@ def weigh(log_joint: LogJoint, guide: Program, num_particles: int) -> tuple[Stat
     with torch.no_grad():
         for start in range(0, num_particles, size):
             count = min(size, num_particles - start)
-            drawn, log_q = draw(guide, log_joint.args, log_joint.kwargs, count, structure, vectorized=log_joint.broadcasts)
-            states.append(drawn)
-            weights.append(log_joint(drawn) - log_q)
+            drawn = draw(guide, log_joint, count)
+            states.append(drawn.states)
+            terms = log_joint.terms(drawn.states)
+            weights.append(log_joint.total(_seen(terms, drawn.seen), count) - log_joint.total(drawn.terms, count))
     return {name: torch.cat([part[name] for part in states]) for name in states[0]}, torch.cat(weights)
 
 
-def draw(
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    num_particles: int,
-    structure: Structure,
-    *,
-    vectorized: bool = True,
-) -> tuple[States, Tensor]:
-    """Draws `{site: [K, *batch_shape, *event]}` from a guide and their log q `[K, batch]`."""
-    if not vectorized:
-        parts = [_draw(guide, args, kwargs, 1, structure) for _ in range(num_particles)]
-        return {name: torch.cat([p[0][name] for p in parts]) for name in parts[0][0]}, torch.cat([p[1] for p in parts])
-    return _draw(guide, args, kwargs, num_particles, structure)
+@dataclass(frozen=True)
+class Drawn:
+    """Draws from a guide: states, log q of each site, and the elements of each masked site that count."""
+
+    states: States
+    terms: dict[str, Term]
+    seen: dict[str, Tensor]
 
 
-def _draw(
-    guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int, structure: Structure
-) -> tuple[States, Tensor]:
+def draw(guide: Program, log_joint: LogJoint, num_particles: int) -> Drawn:
+    """Draw states `{site: [K, *batch_shape, *event]}` from a guide, in one run where the model broadcasts."""
+    if log_joint.broadcasts:
+        return _draw(guide, log_joint, num_particles)
+    parts = [_draw(guide, log_joint, 1) for _ in range(num_particles)]
+    states = {name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states}
+    terms = {}
+    for name, term in parts[0].terms.items():
+        terms[name] = Term(torch.cat([part.terms[name].table for part in parts]), term.plate_dims, 0)
+    return Drawn(states, terms, parts[0].seen)
+
+
+def _draw(guide: Program, log_joint: LogJoint, count: int) -> Drawn:
+    structure = log_joint.structure
     depth = structure.plate_depth
     particles = pyro.plate("num_particles_vectorized", count, dim=-1 - depth)
-    sites = draw_sites(guide if count == 1 else particles(guide), args, kwargs, structure.subsample)
+    program = guide if count == 1 else particles(guide)
+    sites = draw_sites(program, log_joint.args, log_joint.kwargs, structure.subsample)
     sites = {name: site for name, site in sites.items() if not site.observed}
     expected = {latent.name for latent in structure.latents}
     if set(sites) != expected:
@@ -79,7 +87,7 @@ def _draw(
             f"expected the guide to sample the model's latents {sorted(expected)}, got {sorted(sites)}; give both the same "
             "site names"
         )
-    states, terms = {}, []
+    states, terms, seen = {}, {}, {}
     for latent in structure.latents:
         site = sites[latent.name]
         event = latent.event_shape
@@ -91,9 +99,17 @@ def _draw(
         plates = (1,) * (depth - len(latent.batch_shape)) + tuple(latent.batch_shape)
         value = site.value.reshape((1,) * (1 + depth + len(event) - site.value.dim()) + site.value.shape)
         states[latent.name] = value.expand((count, *plates, *event)).reshape((count, *latent.batch_shape, *event))
-        factor = site_factor(site, depth + 1, plain=True)
-        terms.append(Term(factor.table(), latent.plate_dims, 0))
-    keep = frozenset(plate.dim for plate in structure.batch)
-    sizes = {plate.dim: plate.size for plate in structure.plates}
-    total = add(sum_plates(term, keep, sizes).table for term in terms)
-    return states, structure.to_batch(total.expand((count, *total.shape[1:])))
+        terms[latent.name] = Term(site_factor(site, depth + 1, plain=True).table(), latent.plate_dims, 0)
+        masks = structure.masks.get(latent.name), both(unmask(site.fn)[1], site.mask)
+        if masks[0] is not None and masks[1] is not None:
+            shown = torch.as_tensor(masks[0]) | torch.as_tensor(masks[1])
+            seen[latent.name] = shown.reshape((1,) * (1 + depth - shown.dim()) + shown.shape)
+    return Drawn(states, _seen(terms, seen), seen)
+
+
+def _seen(terms: Mapping[str, Term], seen: Mapping[str, Tensor]) -> dict[str, Term]:
+    """Terms whose masked elements are 0."""
+    return {
+        name: Term(torch.where(seen[name], t.table, 0.0), t.plate_dims, t.level) if name in seen else t
+        for name, t in terms.items()
+    }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.handlers.own_params import announce
+from pyrovae.handlers.structure import Structure
 from pyrovae.inference.enumeration import Enumeration
 
 Program = Callable[..., Any]
@@ -49,7 +50,7 @@ class ExactLikelihood(pyro.infer.ELBO):
         if space.structure.random_plates:
             torch.rand(())  # moves the caller's random state on: the next call sees other rows
         rows = math.prod(plate.full_size / plate.size for plate in space.structure.batch)
-        return -(space.log_evidence() * space.scale).sum() * rows
+        return -(space.log_evidence() * _to_batch(space.scale, space.structure)).sum() * rows
 
     def loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
         """−log p(x), 0-d, without gradients."""
@@ -71,3 +72,17 @@ class ExactLikelihood(pyro.infer.ELBO):
 
     def _get_trace(self, model: Program, guide: Program | None, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("ExactLikelihood sums over states and draws no traces")
+
+
+def _to_batch(scale: Any, structure: Structure) -> Any:
+    """A scale over plates brought to the batch."""
+    if not isinstance(scale, Tensor) or not scale.dim():
+        return scale
+    wide = scale.reshape((1,) * (structure.plate_depth - scale.dim()) + scale.shape)
+    inside = {plate.dim for plate in structure.batch}
+    if any(wide.shape[d] > 1 and d not in inside for d in range(-structure.plate_depth, 0)):
+        raise ValueError(
+            f"expected a poutine.scale that varies between data only, got one of shape {tuple(scale.shape)} inside a datum; "
+            "scale the plate of the data"
+        )
+    return structure.to_batch(wide)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Latent, finite_latents
+from pyrovae.handlers.structure import Latent, finite_latents, one_plate_a_dim
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.enumeration import Enumeration
 from pyrovae.inference.log_joint import LogJoint
@@ -67,6 +67,7 @@ class Gibbs:
         with torch.no_grad():
             log_joint = LogJoint(model, args, kwargs)
             latents = finite_latents(log_joint.structure, "Gibbs", "MCMC(NUTS(model), ...)")
+            one_plate_a_dim(log_joint.structure, "Gibbs")
             sweep, evaluations = make_sweep(log_joint, self.num_chains, self.max_bytes)
             sweep.start({latent.name: uniform_codes(latent, self.num_chains) for latent in latents})
             for _ in range(self.warmup_steps):
