@@ -15,6 +15,7 @@ from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.exact import Exact
 from pyrovae.inference.fit import Fit, check_penalty, snapshot, squared_norm, state_of, versions
 from pyrovae.inference.posterior import Posterior, Program
+from pyrovae.ops import isolated_rng
 
 
 class InferenceMethod(Protocol):
@@ -34,7 +35,7 @@ class EM:
     EM). Where parameters do not vary over the data, Q needs the data only once an E-step.
 
     Cost of an iteration: one E-step, and about `m_steps` runs of the program over the joint states. `model_evaluations` is
-    that of the E-steps, and one for each evaluation of Q.
+    that of the E-steps, those on validation data too, and one for each evaluation of Q, however many states it sums over.
 
     Args:
         e_step: any inference method; default `Exact()`.
@@ -92,7 +93,14 @@ class EM:
             for step in trange(self.num_iterations + 1, desc="EM", disable=not self.progress):
                 posterior = self.e_step.infer(model, *args, **kwargs)
                 evaluations += int(posterior.diagnostics.get("model_evaluations", 0))
-                record = self._record(step, posterior, leaves, model, validation, kwargs)
+                record = self._record(step, posterior, leaves)
+                if validation is not None:
+                    others = validation if isinstance(validation, tuple) else (validation,)
+                    with isolated_rng():  # looking at other data does not change the training
+                        held_out = self.e_step.infer(model, *others, **kwargs)
+                    evaluations += int(held_out.diagnostics.get("model_evaluations", 0))
+                    evidence = held_out.log_evidence
+                    record["validation"] = None if evidence is None else float(evidence.mean())
                 history.append(record | {"seconds": time.perf_counter() - begin})
                 if posterior.bound == "exact":
                     self._check_monotone(previous, record["loss"], posterior)
@@ -123,15 +131,7 @@ class EM:
             posterior.q_function(model), leaves, self.penalty, self.m_steps, posterior.structure.batch_shape.numel()
         )
 
-    def _record(
-        self,
-        step: int,
-        posterior: Posterior,
-        leaves: Mapping[str, Tensor],
-        model: Program,
-        validation: Any,
-        kwargs: dict[str, Any],
-    ) -> dict[str, Any]:
+    def _record(self, step: int, posterior: Posterior, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
         record: dict[str, Any] = {"step": step, "loss": None, "bound": None, "stderr": None, "validation": None}
         if posterior.log_evidence is not None:
             rows = max(1, posterior.log_evidence.numel())
@@ -139,10 +139,6 @@ class EM:
             record["loss"] = float(-posterior.log_evidence.sum() + self.penalty / 2 * squared_norm(leaves).detach())
             record["bound"] = float(posterior.log_evidence.mean())
             record["stderr"] = float(stderr.square().sum().sqrt() / rows)
-        if validation is not None:
-            others = validation if isinstance(validation, tuple) else (validation,)
-            evidence = self.e_step.infer(model, *others, **kwargs).log_evidence
-            record["validation"] = None if evidence is None else float(evidence.mean())
         return record
 
     def _check_monotone(self, previous: float | None, loss: float, posterior: Posterior) -> None:

@@ -30,8 +30,7 @@ class Fit:
             `pyro.module("net", …)`); the value of a constrained `pyro.param` is the constrained one.
         seconds: wall time.
         model_evaluations: values of log p(x, z) of one datum at one z that were computed, one gradient counted once; those
-            for the history's bounds (of `Variational`) included. EM counts its E-steps (without those on validation data),
-            and one evaluation of Q, which reads the data once an E-step or less, as one.
+            for the history's records included. EM counts an evaluation of Q as one, however many states it sums over.
         seed: the seed of torch's generator at the start.
         penalty: the precision λ of the Gaussian prior on the model's parameters, −λ/2 ‖θ‖² in the objective.
         versions: of Python and the packages that matter.

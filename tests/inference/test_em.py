@@ -215,6 +215,18 @@ def test_other_e_steps_learn(e_step, told):
         assert fit.history[-1]["bound"] < after + 5 * fit.history[-1]["stderr"] + 1e-9
 
 
+def test_validation_does_not_change_the_training():
+    ends, evaluations = [], []
+    for held_out in (False, True):
+        torch.manual_seed(5)
+        net, x = learnable()
+        fit = EM(Gibbs(10, 2, 2), num_iterations=3).fit(net, x, validation=x[:7] if held_out else None)
+        ends.append(fit.states["model"])
+        evaluations.append(fit.model_evaluations)
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert evaluations[1] > evaluations[0]
+
+
 def test_restored_if_q_fell():
     theta = nn.Parameter(torch.tensor(1.0))
     calls = []
