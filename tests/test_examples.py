@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyrovae.inference import EM, Exact, Gibbs
+from pyrovae.models import toy
+
 ROOT = Path(__file__).parent.parent
 STEPS = {"know_your_error": 300, "nuts_on_your_program": 60, "our_guide_in_stock_svi": 60}
 
@@ -43,6 +46,19 @@ def test_readme(capsys):
     for number, block in enumerate(found):
         exec(compile(block, f"README block {number}", "exec"), namespace)
     assert "| exact |" in capsys.readouterr().out
+    learned = namespace["learned"]
+    kept = dict(learned.models["EM"].named_parameters())
+    assert all(torch.equal(leaf, kept[name]) for name, leaf in namespace["net"].named_parameters())
+
+
+def test_who_leaves_the_random_state():
+    """As the README says: Exact and exact EM do, Gibbs does not."""
+    net = toy.belief_net(4, 2)
+    x = net.sample(5)
+    for method, stays in ((Exact().infer, True), (EM(num_iterations=1).fit, True), (Gibbs(3, 1, 1).infer, False)):
+        before = torch.get_rng_state()
+        method(net, x)
+        assert torch.equal(before, torch.get_rng_state()) == stays
 
 
 def test_readme_opens_short():

@@ -96,12 +96,13 @@ def test_statistics_of_chains():
 
 
 @pytest.mark.parametrize(("chains", "draws"), [(1, 100), (1, 3), (4, 3), (4, 1)])
-def test_too_few_for_rhat(chains, draws, caplog):
-    """NaN, and no word of ArviZ's in the log."""
+def test_too_few_for_rhat(chains, draws, caplog, capsys):
+    """NaN, and no word of ArviZ's in the log or on the screen."""
     states = torch.randn(chains, draws, 5)
     assert bool(torch.isnan(split_rhat(states)).all())
     assert bool(torch.isnan(effective_sample_size(states)).all()) == (draws < 4)
     assert not caplog.records
+    assert capsys.readouterr() == ("", "")
 
 
 def test_pareto_k():
