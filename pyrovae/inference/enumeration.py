@@ -118,8 +118,9 @@ class Enumeration:
 
     @property
     def num_evaluations(self) -> int:
-        """How many values of log p(x, z) the sums run over: entries of the largest table, of several layers one by one."""
-        return max(math.prod(shape) for shape in self._made({axis.dim: axis.size for axis in self.axes}))
+        """How many values of log p(x, z) are summed: joint states x rows, of several layers one after another."""
+        eliminations = self._eliminations({axis.dim: axis.size for axis in self.axes})
+        return sum(math.prod(shape) for shapes in eliminations for shape in shapes[:-1])
 
     def factors(self, chunk: slice | None = None, program: Callable[..., Any] | None = None) -> dict[str, Factor]:
         """The factor of every site at the states of a chunk, one run of the program.
@@ -312,14 +313,17 @@ class Enumeration:
 
     def _made(self, sizes: Mapping[int, int]) -> list[tuple[int, ...]]:
         """Shapes of every table that an evaluation makes, with the axes at `sizes`."""
-        made: list[tuple[int, ...]] = []
+        return [tuple(shape) for shapes in self._eliminations(sizes) for shape in shapes]
+
+    def _eliminations(self, sizes: Mapping[int, int]) -> list[list[list[int]]]:
+        """For each level, the shapes of the table before each of its axes is summed out, and of what is left."""
+        found: list[list[list[int]]] = []
         below: list[list[int]] = []
         for level in range(len(self.levels) - 1, -1, -1):
             here = [self._scaled(s.table, sizes) for s in self.shapes.values() if s.level == level] + below
-            shapes = elimination_numel(here, [a.dim for a in self.axes if a.level == level])
-            made += [tuple(s) for s in shapes]
-            below = [shapes[-1]]
-        return made
+            found.append(elimination_numel(here, [a.dim for a in self.axes if a.level == level]))
+            below = [found[-1][-1]]
+        return found
 
     def _bytes(self, sizes: Mapping[int, int], itemsize: int) -> int:
         tables = [self._scaled(s, sizes) for shape in self.shapes.values() for s in shape.tables]

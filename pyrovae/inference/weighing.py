@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,9 +64,10 @@ class Drawn:
 
 
 def draw(guide: Program, log_joint: LogJoint, num_particles: int) -> Drawn:
-    """Draw states `{site: [K, *batch_shape, *event]}` from a guide, in one run where the model broadcasts."""
+    """Draw states `{site: [K, *batch_shape, *event]}` from a guide, in one run where model and guide broadcast."""
     if log_joint.broadcasts:
-        return _draw(guide, log_joint, num_particles)
+        with contextlib.suppress(RuntimeError, IndexError):  # of a guide that does not broadcast
+            return _draw(guide, log_joint, num_particles)
     parts = [_draw(guide, log_joint, 1) for _ in range(num_particles)]
     states = {name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states}
     terms = {}
