@@ -50,7 +50,8 @@ class Importance:
             **kwargs: its keyword arguments.
 
         Raises:
-            ValueError: if the guide's sites are not the model's latents.
+            ValueError: if the guide does not sample the model's latents; for unequal `poutine.scale`s, a subsampled plate with a
+                latent outside it, and a program that mixes rows of the batch.
         """
         from pyrovae.inference.arviz import pareto_k
 
@@ -58,6 +59,7 @@ class Importance:
         log_joint = LogJoint(model, args, kwargs)
         common_scale(log_joint.structure, "Importance")
         check_whole_plates(log_joint.structure, "Importance")
+        log_joint.check_rows("Importance")
         states, log_w = weigh(log_joint, self.guide, self.num_samples)
         lost = torch.isneginf(log_w).all(0)
         ess = torch.where(lost, 0.0, effective_sample_size(log_w))

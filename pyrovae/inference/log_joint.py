@@ -85,6 +85,37 @@ class LogJoint:
             found[name] = Term(tables, rows[0][name].plate_dims, 0)
         return found
 
+    def check_rows(self, method: str) -> None:
+        """Refuse a program whose log joint of one row of the batch depends on the latents of another.
+
+        Raises:
+            ValueError: if a state that takes each row from one of two others is not scored row by row as they are.
+        """
+        if not self.structure.batch:
+            return
+        with isolated_rng(0), torch.no_grad():
+            draws: list[Mapping[str, Any]] = [{}, {}, {}]
+            if not all(latent.finite for latent in self.structure.latents):
+                draws = [draw_sites(self.program, self.args, self.kwargs, self.structure.subsample) for _ in range(3)]
+                if any(set(draw) != set(draws[0]) for draw in draws):
+                    return
+            take = torch.rand(self.structure.batch_shape, device=self.structure.latents[0].device) < 0.5
+            wide, states = self.structure.from_batch(take), {}
+            for latent in self.structure.latents:
+                _, first, other = _spots(latent, draws)
+                depth, events = len(latent.batch_shape), len(latent.event_shape)
+                rows = wide.reshape(wide.shape[wide.dim() - depth :] + (1,) * events)
+                states[latent.name] = torch.stack((first, other, torch.where(rows, other, first)))
+            first, other, mixed = self(states)
+        expected = torch.where(take, other, first)
+        tolerance = torch.finfo(mixed.dtype).eps ** 0.5
+        if not torch.allclose(mixed, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise ValueError(
+                f"expected rows that are independent given what is outside their plate for {method}, got a program that mixes "
+                "rows of the batch (or draws hidden noise): a weight for each row would belong to no density; make the latent "
+                "one vector with .to_event(1) outside the plate, or use Variational, whose bound of all rows together holds"
+            )
+
     def _run(self, states: Mapping[str, Tensor], program: Program | None) -> dict[str, Term]:
         depth = self.structure.plate_depth
         values = {}

@@ -36,7 +36,8 @@ class MeanField:
     passes over it.
 
     Args:
-        num_restarts: random starts; the best bound is kept for every datum.
+        num_restarts: random starts; the best bound is kept for every datum. Latents outside the innermost plates begin at
+            another state in each start; up to 16 such states are all tried, whatever the number.
         max_iterations: sweeps of one start.
         tolerance: a start ends when no datum's bound rises by more than this, in nats.
         max_bytes: memory for the table.
@@ -86,8 +87,9 @@ class MeanField:
             best: list[Components] | None = None
             evidence: Tensor | None = None
             histories = []
-            for _ in range(self.num_restarts):
-                ascent.start()
+            outer = max((axis.size for axis in space.axes if axis.level < len(space.levels) - 1), default=1)
+            for number in range(max(self.num_restarts, min(outer, 16))):
+                ascent.start(number)
                 history = self._climb(ascent)
                 histories.append(tuple(float(bound.mean()) for bound in history))
                 if best is None or evidence is None:
@@ -196,16 +198,23 @@ class _Ascent:
         self.plates = [_plates(space, axis) for axis in space.axes]
         self.like = next(iter(self.terms.values())).table
 
-    def start(self) -> None:
-        """A random q."""
-        self.q = [
-            [torch.log_softmax(torch.randn((k, *plates), dtype=self.like.dtype, device=self.like.device), 0) for k in sizes]
-            for sizes, plates in zip(self.cardinalities, self.plates, strict=True)
-        ]
+    def start(self, number: int) -> None:
+        """A random q; latents outside the innermost plates begin near one state each, another for every start.
+
+        From an even q of a global latent the rows would settle on what suits the mixture of its states, and hold it there.
+        """
+        self.q = []
+        for axis, sizes, plates in zip(self.space.axes, self.cardinalities, self.plates, strict=True):
+            noise = [torch.randn((k, *plates), dtype=self.like.dtype, device=self.like.device) for k in sizes]
+            if axis.level < len(self.space.levels) - 1:
+                codes = axis.site_codes(torch.tensor(number % axis.size, device=self.like.device))
+                for values, code in zip(noise, torch.cat([codes[site.name] for site in axis.sites]), strict=True):
+                    values[code] += 10.0
+            self.q.append([torch.log_softmax(values, 0) for values in noise])
 
     def sweep(self) -> None:
-        """Set every component once to its optimum, exp(E[log p(x, z) | z_j]) normalised."""
-        for number, axis in enumerate(self.space.axes):
+        """Set every component once to its optimum, exp(E[log p(x, z) | z_j]) normalised, the innermost plates first."""
+        for number, axis in reversed(list(enumerate(self.space.axes))):
             plates = self.plates[number]
             gain = self._expected(axis).expand((axis.size, *plates)).reshape(axis.size, -1)  # [S, rows]
             q = [log_q.reshape(len(log_q), -1).exp() for log_q in self.q[number]]

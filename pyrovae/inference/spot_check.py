@@ -21,7 +21,7 @@ from pyrovae.inference.factors import site_factor
 if TYPE_CHECKING:
     from pyrovae.inference.enumeration import Enumeration
 
-INSTEAD = "or use Importance or Variational, which run it one joint state at a time"
+INSTEAD = "or use Variational, whose bound of all rows together holds for any program"
 _SPOT_AXES = 4  # how many axes a run varies at once, three values each
 
 

@@ -105,7 +105,7 @@ def check_conditionals(log_joint: LogJoint) -> None:
         raise ValueError(
             "expected a program whose log joint at a state does not depend on other states for Gibbs, got one that branches "
             "on a latent's value, mixes rows of the batch, draws hidden noise (dropout) or does not broadcast on the left; "
-            "write z.reshape(z.shape[:-2] + (-1,)) and h @ W, or use Importance"
+            "write z.reshape(z.shape[:-2] + (-1,)) and h @ W, or use Variational"
         )
     latents = log_joint.structure.latents
     with isolated_rng(0):
@@ -133,7 +133,7 @@ def _check_rows(log_joint: LogJoint, latents: Sequence[Latent], plates: frozense
         if not all(_close(*torch.broadcast_tensors(*pair)) for pair in pairs):
             raise ValueError(
                 f"expected the rows of a plate to be independent given what is outside it for Gibbs, got site {name!r} that "
-                "depends on the latents of several rows; put it inside their plate, or use Importance"
+                "depends on the latents of several rows; put it inside their plate, or use Variational"
             )
 
 
