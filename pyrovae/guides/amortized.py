@@ -102,8 +102,9 @@ class AmortizedMeanField(MeanField):
         try:
             with poutine.block(), isolated_rng(), torch.no_grad(), _evaluating(encoder):
                 output = run(*_taken(encoder, tensors))
-        except Exception:
+        except Exception as error:
             if strict:
+                _explain_width(error, self._example_shapes)
                 raise
             return self._pilot.local
         return frozenset(self._split(output))
@@ -118,6 +119,7 @@ class AmortizedMeanField(MeanField):
         except RuntimeError as error:
             shapes = _event_shapes(tensors, len(self._pilot.batch))
             if shapes == self._example_shapes:
+                _explain_width(error, shapes)
                 raise
             raise ValueError(
                 f"expected data of shape [batch, …] with … as in the guide's example, {self._example_shapes}, got {shapes}, on "
@@ -199,6 +201,15 @@ class _Perceptron(nn.Module):
                 shape[dim] = lead[i - len(self.dims)]
             result[name] = part.reshape((*lead[: len(lead) - len(self.dims)], *shape, n))
         return result
+
+
+def _explain_width(error: Exception, shapes: list[list[int]]) -> None:
+    """Turn torch's error of a layer that does not fit the data into one that says so; other errors are the encoder's own."""
+    if isinstance(error, RuntimeError) and "cannot be multiplied" in str(error):
+        raise ValueError(
+            f"expected an encoder whose input width is that of the data, rows of {shapes}, got {error}; make its first layer as "
+            "wide as the data"
+        ) from error
 
 
 def _default_encoder(model: Callable[..., Any], pilot: Pilot, tensors: tuple[Tensor, ...]) -> nn.Module:

@@ -54,7 +54,7 @@ def read_pilot(model: Callable[..., Any], example: tuple[Any, ...] | None, guide
     Raises:
         ValueError: if the program needs arguments, or has no latent that a mean-field factor can be made for.
     """
-    args = _own_example(model, guide) if example is None else tuple(example)
+    args = _own_example(model, guide) if example is None else _as_arguments(example)
     structure = read_structure(model, args, {})
     if not structure.latents:
         raise ValueError(f"expected a model with latent sites for {guide}, got none; pass the data in example=(x,)")
@@ -82,7 +82,7 @@ def read_pilot(model: Callable[..., Any], example: tuple[Any, ...] | None, guide
 
 def example_of(model: Callable[..., Any], example: tuple[Any, ...] | None, guide: str) -> tuple[Any, ...]:
     """The arguments that :func:`read_pilot` runs the model on."""
-    return _own_example(model, guide) if example is None else tuple(example)
+    return _own_example(model, guide) if example is None else _as_arguments(example)
 
 
 def innermost_program(program: Any) -> Any:
@@ -157,3 +157,8 @@ def _batch(
     local = tuple(latent for latent in latents if anchor in latent.plates)
     batch = common.intersection(*(latent.plates for latent in local))
     return tuple(sorted(batch, key=lambda plate: plate.dim)), anchor, local
+
+
+def _as_arguments(example: Any) -> tuple[Any, ...]:
+    """An example as positional arguments; a bare tensor is one of them."""
+    return (example,) if isinstance(example, Tensor) else tuple(example)

@@ -66,6 +66,8 @@ class EM:
         if num_iterations < 1 or m_steps < 1:
             raise ValueError(f"expected num_iterations >= 1 and m_steps >= 1, got {num_iterations} and {m_steps}")
         self.e_step = Exact() if e_step is None else e_step
+        if isinstance(self.e_step, type) or not callable(getattr(self.e_step, "infer", None)):
+            raise ValueError(f"expected an inference method such as Exact() for e_step, got {e_step!r}; pass an instance")
         self.num_iterations, self.m_steps, self.progress = num_iterations, m_steps, progress
         self.penalty = check_penalty(penalty)
 

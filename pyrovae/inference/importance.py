@@ -50,8 +50,8 @@ class Importance:
             **kwargs: its keyword arguments.
 
         Raises:
-            ValueError: if the guide does not sample the model's latents; for unequal `poutine.scale`s, a subsampled plate with a
-                latent outside it, and a program that mixes rows of the batch.
+            ValueError: if the guide does not sample the model's latents; for unequal `poutine.scale`s, a subsampled plate with
+                a latent outside it, and a program that mixes rows of the batch.
         """
         from pyrovae.inference.arviz import pareto_k
 

@@ -98,6 +98,8 @@ class Variational:
             raise ValueError(f"expected batch_size >= 1 and log_every >= 1, got {batch_size} and {log_every}")
         if guide is None and not isinstance(elbo, ExactLikelihood):
             raise ValueError("expected a guide, got None; only Variational(None, ExactLikelihood()) needs none")
+        if isinstance(temperature, (int, float)) and not temperature > 0:
+            raise ValueError(f"expected temperature > 0, got {temperature}; values from 0.1 to 1 are usual")
         if guide is None and temperature is not None:
             raise ValueError("expected no temperature without a guide: exact gradient learning relaxes nothing")
         if any(base.__name__.startswith("Jit") and base.__module__.startswith("pyro.") for base in type(elbo).__mro__):

@@ -511,3 +511,14 @@ def test_mirror_has_the_shape_of_the_net():
     guide = AmortizedMeanField(net)
     p = torch.sigmoid(guide.encoder(net.sample(8)))
     assert float((p - 0.5).abs().min()) > 0
+
+
+def test_an_encoder_of_the_wrong_input_width_is_refused_with_the_shapes():
+    net = toy.belief_net(6, 3)
+    with pytest.raises(ValueError, match=r"expected an encoder whose input width .* rows of \[\[6\]\]"):
+        AmortizedMeanField(net, torch.nn.Linear(5, 3), example=(torch.ones(4, 6),))
+
+
+def test_an_example_may_be_a_bare_tensor():
+    net = toy.belief_net(6, 3)
+    assert AmortizedMeanField(net, torch.nn.Linear(6, 3), example=torch.ones(4, 6))(torch.ones(4, 6))["h1"].shape == (4, 3)
