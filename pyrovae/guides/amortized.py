@@ -207,8 +207,8 @@ def _explain_width(error: Exception, shapes: list[list[int]]) -> None:
     """Turn torch's error of a layer that does not fit the data into one that says so; other errors are the encoder's own."""
     if isinstance(error, RuntimeError) and "cannot be multiplied" in str(error):
         raise ValueError(
-            f"expected an encoder whose input width is that of the data, rows of {shapes}, got {error}; make its first layer as "
-            "wide as the data"
+            f"expected an encoder whose input width is that of the data, rows of {shapes}, got {error}; make its first layer "
+            "as wide as the data"
         ) from error
 
 
