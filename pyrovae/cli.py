@@ -109,7 +109,8 @@ def compare_command(
         errors.print("Interrupted; nothing was written.")
         raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        errors.print(f"Error: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
+        text = " ".join(str(error).split()).replace("download=True", f"pyrovae.data.load({data!r}, download=True) in Python")
+        errors.print(f"Error: {text}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     if not quiet:
         _print(job)

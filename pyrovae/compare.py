@@ -80,6 +80,7 @@ def compare(
     Raises:
         ValueError: for no methods, no seeds, a class instead of an instance, or a method with neither `fit` nor `infer`;
             and whatever a method refuses.
+        TypeError: for methods without names, or `x` that is neither a tensor nor a tuple.
 
     Example:
         >>> from pyrovae.inference import Exact, Gibbs
@@ -89,7 +90,7 @@ def compare(
         >>> list(found.table["bound"])
         ['exact', 'estimate']
     """
-    train, test = _arguments(x), None if x_test is None else _arguments(x_test)
+    train, test = _arguments(x, "x"), None if x_test is None else _arguments(x_test, "x_test")
     learners, inferers = _sort(methods, learn=learn)
     if not seeds:
         raise ValueError("expected at least one seed, got none; pass seeds=(0,)")
@@ -362,6 +363,8 @@ def _inference_note(posterior: Posterior, row: Mapping[str, Any], rows_in_unit: 
         notes.append(f"ESS down to {row['ess']:.0f} draws")
     if row["kl"] is not None and row["kl"] > 0.1 * rows_in_unit:
         notes.append(f"q is {row['kl']:.2g} nats from the posterior: a bound, not the evidence")
+        if posterior.diagnostics.get("losses") == ():
+            notes.append("guide taken as given, not fitted here")
     expected = " in expectation" if row["log_evidence_se"] else ""
     return "; ".join(notes) or ("estimate" if row["log_evidence"] is None else f"{posterior.bound} bound{expected}")
 
@@ -381,20 +384,31 @@ def _learning_note(
         notes.append("the reference")
     if runs[0].why_not:
         notes.append(f"exact log p(x) not computed: {runs[0].why_not}")
-    elif row["log_p_train"] is None:
+    if row["log_p_train"] is None and row["own_bound"] is None:
+        notes.append("neither exact log p(x) nor a bound of its own")
+    elif row["log_p_train"] is None and not runs[0].why_not:
         notes.append("exact log p(x) does not fit: judged by its bound alone")
-    if row["own_bound"] is None:
+    elif row["own_bound"] is None:
         notes.append("no bound of its own")
     elif row["gap"] is not None and row["gap"] > 0.1 * rows_in_unit:
         notes.append(f"its bound understates log p(x) by {row['gap']:.2g} nats")
-    if row["difference"] is not None and row["difference_se"] is not None:
-        factor = tie_factor(len(runs))
-        over = "over seeds" if len(runs) > 1 else f"over {judged_on} rows, one run"
-        if abs(row["difference"]) < factor * row["difference_se"]:
-            notes.append(f"tie with {baseline} (within {factor:.3g} s.e. {over})")
+    if row["difference"] is not None:
+        notes.append(_verdict(row["difference"], row["difference_se"], str(baseline), len(runs), judged_on))
     if alike:
         notes.append(alike)
     return "; ".join(notes)
+
+
+def _verdict(difference: float, stderr: float | None, baseline: str, num_seeds: int, judged_on: str) -> str:
+    """Tie, better or worse than exact learning."""
+    words = f"{'worse' if difference < 0 else 'better'} than {baseline} by {abs(difference):.2g} nats"
+    if stderr is None:
+        return f"{words}, no error known" if difference else f"equal to {baseline}"
+    factor = tie_factor(num_seeds)
+    over = "over seeds" if num_seeds > 1 else f"over {judged_on} rows, one run"
+    if abs(difference) <= factor * stderr:
+        return f"tie with {baseline} (within {factor:.3g} s.e. {over})"
+    return f"{words} (beyond {factor:.3g} s.e. {over})"
 
 
 def tie_factor(num_seeds: int) -> float:
@@ -583,6 +597,8 @@ def _reset(model: Program, method: Method, seed: int) -> bool:
 
 
 def _sort(methods: Mapping[str, Method], *, learn: bool | None) -> tuple[dict[str, Method], dict[str, Method]]:
+    if not isinstance(methods, Mapping):
+        raise TypeError(f"expected a dict of methods by name, got {type(methods).__name__}; pass {{'exact': Exact(), ...}}")
     if not methods:
         raise ValueError("expected at least one method, got none; pass {'exact': Exact(), ...}")
     learners, inferers = {}, {}
@@ -601,8 +617,15 @@ def _sort(methods: Mapping[str, Method], *, learn: bool | None) -> tuple[dict[st
     return learners, inferers
 
 
-def _arguments(x: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
-    return x if isinstance(x, tuple) else (x,)
+def _arguments(x: Tensor | tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    if isinstance(x, tuple):
+        return x
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"expected {name} to be a tensor or a tuple of the program's arguments, got {type(x).__name__}; write "
+            f"torch.as_tensor({name}), or ({name},) where the program takes it as it is"
+        )
+    return (x,)
 
 
 def _rows(args: tuple[Any, ...]) -> int:

@@ -127,7 +127,8 @@ def run(settings: Settings, progress: Progress | None = None) -> MainJob:
             notes.append("No penalty: where a pixel is never on, the maximum likelihood is at infinity.")
     else:
         tell("a net to infer on")
-        name = "exact EM" if _fits(net, train) else "relaxation"
+        evaluations = _evaluations(net, train)
+        name = "exact EM" if evaluations is not None and evaluations <= MAX_EVALUATIONS else "relaxation"
         learned = compare(net, train, {name: known[name]}, seeds=settings.seeds[:1])
     source = learning if learning is not None else learned
     assert source.learning is not None
@@ -279,20 +280,26 @@ def _choose(settings: Settings, net: SigmoidBeliefNet, train: Tensor) -> tuple[t
         if tables & set(settings.methods):
             ExactLikelihood().model_evaluations(net, train)  # what cannot be enumerated is refused before work starts
         return settings.methods, []
-    if _fits(net, train):
+    evaluations = _evaluations(net, train)
+    if evaluations is not None and evaluations <= MAX_EVALUATIONS:
         return LEARNERS + INFERENCE, []
+    what = f"{sum(settings.hidden)} hidden units and {len(train)} rows"
+    named = ", ".join(sorted(tables))
     kept = tuple(name for name in LEARNERS + INFERENCE if name not in tables)
+    if evaluations is None:
+        return kept, [f"{what} are more than enumeration can hold, so {named} do not fit and were left out."]
     return kept, [
-        f"{sum(settings.hidden)} hidden units and {len(train)} rows make more than {MAX_EVALUATIONS:,} joint states, so "
-        f"{', '.join(sorted(tables))} were left out; name them with --methods to wait for them."
+        f"{what} make {evaluations:,} joint states x rows, more than {MAX_EVALUATIONS:,}, so {named} were left out; name them "
+        "with --methods to wait for them."
     ]
 
 
-def _fits(net: SigmoidBeliefNet, x: Tensor) -> bool:
+def _evaluations(net: SigmoidBeliefNet, x: Tensor) -> int | None:
+    """Joint states x rows; None where enumeration refuses them."""
     try:
-        return ExactLikelihood().model_evaluations(net, x) <= MAX_EVALUATIONS
+        return ExactLikelihood().model_evaluations(net, x)
     except ValueError:
-        return False
+        return None
 
 
 def _best(learned: Comparison) -> str:

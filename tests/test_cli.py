@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from pyrovae import __version__, main_job
 from pyrovae.cli import app
+from pyrovae.models import SigmoidBeliefNet
 
 TINY = ["--data", "bars_and_stripes", "--hidden", "3", "--rows", "30", "--budget", "0.005"]
 
@@ -147,6 +148,21 @@ def test_missing_files(runner, tmp_path, monkeypatch):
     result = runner.invoke(app, ["compare", "--data", "mnist", "--output", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
+    assert "PYROVAE_DATA" in result.stderr
+    assert "pyrovae.data.load('mnist', download=True) in Python" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("hidden", "words"), [(14, "joint states x rows, more than 8,388,608.*--methods"), (40, "do not fit and were left out")]
+)
+def test_left_out(hidden, words):
+    """Waiting is advised only where it would help."""
+    settings = main_job.Settings(data="digits", hidden=(hidden,))
+    train, _ = main_job.load(settings)
+    methods, (note,) = main_job._choose(settings, SigmoidBeliefNet(64, hidden), train)
+    assert "exact EM" not in methods
+    assert re.search(words, note)
+    assert ("--methods" in note) == (hidden == 14)
 
 
 def test_unwritable(runner, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pyrovae import data
-from pyrovae.compare import compare, tie_factor
+from pyrovae.compare import _verdict, compare, tie_factor
 from pyrovae.guides import AmortizedMeanField
 from pyrovae.inference import EM, Exact, ExactLikelihood, Gibbs, Importance, Variational
 from pyrovae.models import SigmoidBeliefNet, toy
@@ -314,6 +314,24 @@ class TestSorting:
         with pytest.raises(ValueError, match=words):
             compare(small_net(), net_rows(3), methods, seeds=seeds)
 
+    def test_wrong_kinds(self):
+        with pytest.raises(TypeError, match=r"expected a dict of methods by name, got list; pass \{'exact'"):
+            compare(small_net(), net_rows(3), [Exact()])
+        with pytest.raises(TypeError, match=r"expected x to be a tensor .*, got ndarray; write torch.as_tensor\(x\)"):
+            compare(small_net(), net_rows(3).numpy(), {"exact": Exact()})
+        with pytest.raises(TypeError, match="expected x_test to be"):
+            compare(small_net(), net_rows(3), {"exact": Exact()}, x_test=[0, 1])
+
+    def test_untrained_guide(self):
+        net, x = small_net(), net_rows(6)
+        with torch.no_grad():
+            for leaf in net.parameters():
+                leaf.mul_(5)
+        methods = {n: Variational(AmortizedMeanField(net), num_guide_steps=n, num_samples=50) for n in (0, 2)}
+        table = compare(net, x, methods, learn=False).inference
+        assert all(table["kl"] > 0.1)
+        assert ["guide taken as given" in note for note in table["note"]] == [True, False]
+
     def test_progress(self):
         calls = []
         compare(
@@ -396,6 +414,26 @@ class TestTies:
         row = both.loc[1]
         within = abs(row["difference"]) < 4.303 * row["difference_se"]
         assert ("tie with EM (within 4.3 s.e. over seeds)" in row["note"]) == within
+
+    @pytest.mark.parametrize(
+        ("difference", "stderr", "seeds", "words"),
+        [
+            (-0.71, 0.14, 1, "worse than EM by 0.71 nats (beyond 2 s.e. over test rows, one run)"),
+            (0.5, 0.1, 3, "better than EM by 0.5 nats (beyond 4.3 s.e. over seeds)"),
+            (-0.5, 0.2, 3, "tie with EM (within 4.3 s.e. over seeds)"),
+            (0.0, 0.0, 1, "tie with EM (within 2 s.e. over test rows, one run)"),
+            (-0.5, None, 1, "worse than EM by 0.5 nats, no error known"),
+            (0.0, None, 2, "equal to EM"),
+        ],
+    )
+    def test_verdict(self, difference, stderr, seeds, words):
+        assert _verdict(difference, stderr, "EM", seeds, "test") == words
+
+    def test_neither(self):
+        """Gibbs as E-step where no table fits: nothing judges it."""
+        net = SigmoidBeliefNet(4, 30)
+        found = compare(net, torch.bernoulli(torch.full((3, 4), 0.5)), {"MCEM": EM(Gibbs(3, 1, 1), 1)})
+        assert found.learning["note"][0] == "neither exact log p(x) nor a bound of its own"
 
 
 class TestEqualStarts:

@@ -38,14 +38,17 @@ def blocks():
 
 
 @pytest.mark.usefixtures("single")
-def test_readme(capsys):
+def test_readme(capsys, tmp_path, monkeypatch):
     """The blocks run one after another in one namespace, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)  # a report is written
     found = blocks()
     assert found
     namespace = {"__name__": "readme"}
     for number, block in enumerate(found):
         exec(compile(block, f"README block {number}", "exec"), namespace)
     assert "| exact |" in capsys.readouterr().out
+    assert (tmp_path / "ward-report" / "report.html").exists()
+    assert list(namespace["beside"].inference["bound"]) == ["exact", "lower"]
     learned = namespace["learned"]
     kept = dict(learned.models["EM"].named_parameters())
     assert all(torch.equal(leaf, kept[name]) for name, leaf in namespace["net"].named_parameters())
