@@ -251,6 +251,8 @@ def common_scale(structure: Structure, method: str) -> Any:
     """
     (first, reference), *others = structure.scales.items()
     for name, scale in others:
+        if isinstance(scale, float) and scale == reference:
+            continue
         a, b = torch.as_tensor(scale, dtype=torch.double), torch.as_tensor(reference, dtype=torch.double)
         if a.shape != b.shape or not torch.allclose(a, b):
             raise ValueError(

@@ -90,11 +90,11 @@ class SpotCheck:
         return torch.cat([ends, torch.randint(site.cardinality, (1, site.components), generator=stream)]).to(self.space.device)
 
     def _picks(self) -> Iterator[list[Tensor]]:
-        """Which spot value each level takes, `[*plates]`: all the first, all the last, and one that differs between rows."""
+        """Which spot value each level takes, `[*plates]` or of size 1: the first, the last, one that differs between rows."""
         dims = range(-self.space.structure.plate_depth, 0)
         wide = [[self.space.plate_sizes[d] if d in plates else 1 for d in dims] for plates in self.space.levels]
         for k in range(2):
-            yield [torch.full(shape, k, device=self.space.device) for shape in wide]
+            yield [torch.full([1] * len(shape), k, device=self.space.device) for shape in wide]
         yield [(torch.arange(math.prod(shape), device=self.space.device).reshape(shape) + 2) % 3 for shape in wide]
 
     def _run_alone(self, spots: Mapping[str, Tensor], picks: Mapping[int, Tensor]) -> dict[str, Site]:
@@ -102,7 +102,9 @@ class SpotCheck:
         values = {}
         for axis in self.space.axes:
             for latent in axis.sites:
-                values[latent.name] = latent.decode(spots[latent.name][picks[axis.dim].reshape(latent.batch_shape)])
+                wide = (1,) * (self.space.structure.plate_depth - len(latent.batch_shape)) + latent.batch_shape
+                index = picks[axis.dim].expand(wide).reshape(latent.batch_shape)
+                values[latent.name] = latent.decode(spots[latent.name][index])
         return run_sites(self.space.program, self.space.args, self.space.kwargs, values, self.space.structure.subsample)
 
     def _learn_shape(self, site: Site) -> Tensor:
@@ -156,22 +158,21 @@ class SpotCheck:
             )
         for name, site in single.items():
             reference = site_factor(site, depth, plain=True).table()
-            table = gather(tables[name].unsqueeze(0), {dim: pick.unsqueeze(0) for dim, pick in picks.items()}, depth)[0, 0]
+            table = _at(tables[name], picks, depth).to(reference.dtype)
+            tolerance = max(torch.finfo(dtype).eps for dtype in _float_types(tables[name], reference, site.value)) ** 0.5
+            if torch.allclose(table, reference, rtol=tolerance, atol=tolerance):
+                continue
             if bool(torch.isnan(reference).any()):
                 raise Refusal(
                     f"expected numbers for log p of site {name!r}, got NaN at some states; look for infinite or NaN parameters "
                     "and data"
                 )
-            tolerance = max(torch.finfo(dtype).eps for dtype in _float_types(table, reference, site.value)) ** 0.5
-            finite = torch.isfinite(reference) & torch.isfinite(table)
-            gap = torch.where(finite, (table - reference).abs(), (table != reference).to(table.dtype))
-            if bool((gap > tolerance * (1 + torch.where(finite, reference.abs(), 0.0))).any()):
-                raise Mismatch(
-                    f"expected log p of site {name!r} to be the same for a joint state evaluated alone and among "
-                    f"others, got a difference of {float(gap.max()):.3g}; the program branches on a latent's value, "
-                    f"mixes rows of the batch or draws hidden noise (dropout), so that {self.space.method} would be "
-                    f"silently wrong; remove this, {INSTEAD}"
-                )
+            raise Mismatch(
+                f"expected log p of site {name!r} to be the same for a joint state evaluated alone and among others, got a "
+                f"difference of {float((table - reference).abs().max()):.3g}; the program branches on a latent's value, mixes "
+                f"rows of the batch or draws hidden noise (dropout), so that {self.space.method} would be silently wrong; "
+                f"remove this, {INSTEAD}"
+            )
 
 
 class Mismatch(ValueError):
@@ -180,6 +181,16 @@ class Mismatch(ValueError):
 
 class Refusal(ValueError):
     """A program that no layout can serve."""
+
+
+def _at(table: Tensor, picks: Mapping[int, Tensor], depth: int) -> Tensor:
+    """A table `[axes, plates]` at the picked states: `[plates]`."""
+    if any(pick.numel() > 1 for pick in picks.values()):
+        return gather(table.unsqueeze(0), {dim: pick.unsqueeze(0) for dim, pick in picks.items()}, depth)[0, 0]
+    for dim, pick in picks.items():
+        if table.shape[dim] > 1:
+            table = table.narrow(dim, int(pick), 1)
+    return table.reshape(table.shape[table.dim() - depth :])
 
 
 def _float_types(*tensors: Any) -> list[torch.dtype]:
