@@ -129,7 +129,7 @@ def _psis_row(log_weights: Any) -> float:
 
     try:
         return float(array_stats.psislw(-log_weights, axis=-1)[1])  # 1.x takes log likelihoods, the negative log weights
-    except ValueError:  # fewer than 5 draws in the tail, or all alike: what 0.x calls inf
+    except (ValueError, IndexError):  # fewer than 5 draws in the tail, or all alike: what 0.x calls inf
         return np.inf
 
 
