@@ -6,7 +6,6 @@ Judged on real data by exact enumeration wherever it fits. `pyrovae compare` is 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -260,7 +259,6 @@ class _Steps:
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
-        self.began = time.perf_counter()
 
     def __call__(self, name: str) -> None:
         """A run begins, or, without a name, all are over."""

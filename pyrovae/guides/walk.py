@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyrovae.guides.factor import factor
 from pyrovae.handlers import own_params
-from pyrovae.handlers.structure import Latent
+from pyrovae.handlers.structure import Latent, is_subsample
 
 Rows = Callable[[Latent, Mapping[int, Any], Mapping[str, Tensor]], Tensor]
 
@@ -75,7 +75,7 @@ class _Walk(Messenger):
         msg["value"], msg["done"] = value, True
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if _is_subsample(msg):
+        if is_subsample(msg):
             return
         latent = self.latents.get(msg["name"])
         if latent is None or msg["is_observed"]:
@@ -87,7 +87,7 @@ class _Walk(Messenger):
         msg["infer"] = {key: value for key, value in msg["infer"].items() if key == "is_auxiliary"}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if _is_subsample(msg):
+        if is_subsample(msg):
             self.indices[msg["name"]] = torch.as_tensor(msg["value"])
             return
         torch.set_grad_enabled(False)
@@ -96,7 +96,3 @@ class _Walk(Messenger):
         self.waiting.discard(msg["name"])
         if not self.waiting:
             raise _LastSiteReached
-
-
-def _is_subsample(msg: dict[str, Any]) -> bool:
-    return type(msg["fn"]).__name__ == "_Subsample"

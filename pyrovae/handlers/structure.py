@@ -338,14 +338,14 @@ class _Recorder(Messenger):
         self.random: set[str] = set()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        source = self.subsample if _is_subsample(msg) else self.values
+        source = self.subsample if is_subsample(msg) else self.values
         if msg["name"] in source and not msg["is_observed"] and msg["value"] is None:
             msg["value"], msg["done"] = source[msg["name"]], True
-        elif _is_subsample(msg) and msg["value"] is None and msg["fn"].subsample_size not in (None, msg["fn"].size):
+        elif is_subsample(msg) and msg["value"] is None and msg["fn"].subsample_size not in (None, msg["fn"].size):
             self.random.add(msg["name"])
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if _is_subsample(msg):
+        if is_subsample(msg):
             if msg["value"] is not None:
                 self.drawn[msg["name"]] = msg["value"]
             return
@@ -386,7 +386,8 @@ def _is_deterministic(msg: dict[str, Any]) -> bool:
     return msg["is_observed"] and mask is False and isinstance(fn, dist.Delta)
 
 
-def _is_subsample(msg: dict[str, Any]) -> bool:
+def is_subsample(msg: dict[str, Any]) -> bool:
+    """Whether a message is a plate's draw of the rows that it sees."""
     return type(msg["fn"]).__name__ == "_Subsample"
 
 

@@ -161,12 +161,12 @@ class Enumeration:
 
     def message(self, terms: Iterable[Term], level: int, reduce: Reduce = logsumexp) -> Term:
         """Sum out the axes of all levels from the deepest up to `level`; a term over that level's plates."""
-        return self._sweep(list(terms), range(len(self.levels) - 1, level - 1, -1), None, reduce)
+        return self.sweep(list(terms), range(len(self.levels) - 1, level - 1, -1), None, reduce)
 
     def finish(self, message: Term, terms: Iterable[Term], reduce: Reduce = logsumexp) -> Tensor:
         """From the message of the chunked level to log p(x) `[batch]`."""
         terms = list(terms)
-        root = self._sweep(terms, range(message.level - 1, -1, -1), message, reduce)
+        root = self.sweep(terms, range(message.level - 1, -1, -1), message, reduce)
         return self.to_batch([root, *(term for term in terms if term.level < 0)])
 
     def to_batch(self, terms: Iterable[Term]) -> Tensor:
@@ -184,7 +184,8 @@ class Enumeration:
         """The axes of a level, left to right."""
         return sorted((axis for axis in self.axes if axis.level == level), key=lambda axis: axis.dim)
 
-    def _sweep(self, terms: list[Term], levels: range, below: Term | None, reduce: Reduce) -> Term:
+    def sweep(self, terms: list[Term], levels: range, below: Term | None, reduce: Reduce) -> Term:
+        """Sum out the axes of some levels, one level after another, starting from a message below; the last message."""
         for level in levels:
             tables = self.level_tables(terms, level, below)
             below = Term(eliminate(tables, [axis.dim for axis in self.level_axes(level)], reduce), self.levels[level], level)
@@ -320,17 +321,17 @@ class Enumeration:
         found: list[list[list[int]]] = []
         below: list[list[int]] = []
         for level in range(len(self.levels) - 1, -1, -1):
-            here = [self._scaled(s.table, sizes) for s in self.shapes.values() if s.level == level] + below
+            here = [self.scaled(s.table, sizes) for s in self.shapes.values() if s.level == level] + below
             found.append(elimination_numel(here, [a.dim for a in self.axes if a.level == level]))
             below = [found[-1][-1]]
         return found
 
     def _bytes(self, sizes: Mapping[int, int], itemsize: int) -> int:
-        tables = [self._scaled(s, sizes) for shape in self.shapes.values() for s in shape.tables]
+        tables = [self.scaled(s, sizes) for shape in self.shapes.values() for s in shape.tables]
         peak = max(math.prod(shape) for shape in self._made(sizes))
         return itemsize * (3 * peak + 2 * sum(math.prod(t) for t in tables))
 
-    def _scaled(self, shape: Sequence[int], sizes: Mapping[int, int]) -> list[int]:
+    def scaled(self, shape: Sequence[int], sizes: Mapping[int, int]) -> list[int]:
         """A spot shape with each axis at its own size; a last dim beyond `ndim` is the event's."""
         event = list(shape[self.ndim :])
         full = list(shape[: self.ndim])

@@ -98,7 +98,7 @@ class Solution:
             for level in range(len(space.levels) - 1, self.level - 1, -1):
                 wanted = [c.axes | (c.plate_dims - c.summed) for c in cliques if c.level == level]
                 weights = [[sizes[d] if d in dims else 1 for d in range(-space.ndim, 0)] for dims in wanted]
-                terms = [space._scaled(shape.table, axes) for shape in space.shapes.values() if shape.level == level]
+                terms = [space.scaled(shape.table, axes) for shape in space.shapes.values() if shape.level == level]
                 below = elimination_numel(terms + weights + below, [axis.dim for axis in space.level_axes(level)])
                 made += weights + below
                 below = below[-1:]
@@ -214,7 +214,7 @@ class Solution:
                 if level == self.level
                 else space.message(terms, level, reduce)
                 if level > self.level
-                else (space._sweep(terms, range(level, level - 1, -1), below, reduce))
+                else (space.sweep(terms, range(level, level - 1, -1), below, reduce))
             )
             sums.insert(0, below.table)
         return tables, sums
