@@ -11,8 +11,7 @@ from pyrovae.handlers.structure import check_whole_plates, common_scale
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program
-from pyrovae.inference.weighing import weigh
-from pyrovae.ops import effective_sample_size, log_mean_exp
+from pyrovae.inference.weighing import evidence, weigh
 
 
 class Importance:
@@ -53,27 +52,24 @@ class Importance:
             ValueError: if the guide does not sample the model's latents; for unequal `poutine.scale`s, a subsampled plate with
                 a latent outside it, and a program that mixes rows of the batch.
         """
-        from pyrovae.inference.arviz import pareto_k
-
         begin = time.perf_counter()
         log_joint = LogJoint(model, args, kwargs)
         common_scale(log_joint.structure, "Importance")
         check_whole_plates(log_joint.structure, "Importance")
         log_joint.check_rows("Importance")
         states, log_w = weigh(log_joint, self.guide, self.num_samples)
-        lost = torch.isneginf(log_w).all(0)
-        ess = torch.where(lost, 0.0, effective_sample_size(log_w))
+        lost, found = torch.isneginf(log_w).all(0), evidence(log_w)
         rows = log_joint.structure.batch_shape.numel()
         latents = log_joint.structure.latents
         return DrawsPosterior(
             structure=log_joint.structure,
-            log_evidence=log_mean_exp(log_w),
+            log_evidence=found.log_evidence,
             bound="lower",
-            stderr=(1 / ess - 1 / self.num_samples).clamp_min(0).sqrt(),  # 1 / 0 is inf
+            stderr=found.stderr,
             diagnostics={
                 "model_evaluations": self.num_samples * rows,
-                "ess": ess,
-                "pareto_k": pareto_k(log_w),
+                "ess": found.ess,
+                "pareto_k": found.pareto_k,
                 **({"note": _note(int(lost.sum()), lost.numel(), self.num_samples)} if bool(lost.any()) else {}),
             },
             seconds=time.perf_counter() - begin,

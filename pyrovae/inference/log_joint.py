@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Latent, Observed, Structure, copied, draw_sites, read_structure, run_sites
+from pyrovae.handlers.structure import Latent, Observed, Site, Structure, copied, draw_sites, read_structure, run_sites
 from pyrovae.inference.elimination import Term, add, sum_plates
 from pyrovae.inference.factors import site_factor
 from pyrovae.ops import isolated_rng
@@ -29,6 +29,7 @@ class LogJoint:
         args: its arguments.
         kwargs: its keyword arguments.
         structure: of the program at these arguments, where it is known already.
+        broadcasts: whether one run serves many states, where it is known already.
     """
 
     def __init__(
@@ -38,13 +39,14 @@ class LogJoint:
         kwargs: Mapping[str, Any],
         *,
         structure: Structure | None = None,
+        broadcasts: bool | None = None,
     ) -> None:
         self.program, self.args, self.kwargs = program, copied(args), copied(dict(kwargs))
         self.structure = read_structure(program, args, kwargs) if structure is None else structure
         self.plate_sizes = {plate.dim: plate.size for plate in self.structure.plates}
         sites: list[Latent | Observed] = [*self.structure.latents, *self.structure.observed]
         self._sizes = {site.name: {plate.dim: plate.size for plate in site.plates} for site in sites}
-        self._broadcasts: bool | None = None
+        self._broadcasts = broadcasts
 
     @property
     def broadcasts(self) -> bool:
@@ -116,7 +118,8 @@ class LogJoint:
                 "one vector with .to_event(1) outside the plate, or use Variational, whose bound of all rows together holds"
             )
 
-    def _run(self, states: Mapping[str, Tensor], program: Program | None) -> dict[str, Term]:
+    def sites(self, states: Mapping[str, Tensor], program: Program | None = None) -> dict[str, Site]:
+        """The sites of one run at all states together, by name; with one state, at the program's own shapes."""
         depth = self.structure.plate_depth
         values = {}
         for latent in self.structure.latents:
@@ -126,9 +129,15 @@ class LogJoint:
             if value.shape[0] == 1:
                 values[latent.name] = value.reshape(latent.batch_shape + latent.event_shape)
         with isolated_rng():
-            sites = run_sites(program or self.program, self.args, self.kwargs, values, self.structure.subsample)
-        factors = [site_factor(site, depth + 1) for site in sites.values()]
+            return run_sites(program or self.program, self.args, self.kwargs, values, self.structure.subsample)
+
+    def factors(self, sites: Mapping[str, Site]) -> dict[str, Term]:
+        """The log probability of every site of a run, `[K, plates]`."""
+        factors = [site_factor(site, self.structure.plate_depth + 1) for site in sites.values()]
         return {factor.name: Term(factor.table(), factor.plate_dims, 0) for factor in factors}
+
+    def _run(self, states: Mapping[str, Tensor], program: Program | None) -> dict[str, Term]:
+        return self.factors(self.sites(states, program))
 
     def _agrees(self) -> bool:
         """Whether three states have the same log joint together and apart."""

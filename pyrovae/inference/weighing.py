@@ -1,23 +1,25 @@
-"""Draws from a guide and their log weights log p(x, z) − log q(z), per datum."""
+"""Draws from a guide and their log weights log p(x, z) − log q(z), per datum, in bounded memory."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import both, draw_sites, unmask
+from pyrovae.handlers.structure import Site, Structure, both, draw_sites, read_structure, unmask
 from pyrovae.inference.elimination import Term
 from pyrovae.inference.factors import site_factor
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program, States
+from pyrovae.ops import effective_sample_size, log_mean_exp
 
-_MAX_BYTES = 2**28
+_NUMEL = 2**22  # elements of data and latents that one run of a program sees
+_SPREAD = 40  # particles of one run, where the rows are split: more and an encoder's runs cost nothing beside the decoder's
 
 
 def weigh(log_joint: LogJoint, guide: Program, num_particles: int) -> tuple[States, Tensor]:
@@ -38,42 +40,241 @@ def weigh(log_joint: LogJoint, guide: Program, num_particles: int) -> tuple[Stat
     Raises:
         ValueError: if the guide's sites are not the model's latents, in name and event shape.
     """
-    structure = log_joint.structure
-    row = sum(math.prod(site.event_shape) * math.prod(p.size for p in site.plates) for site in structure.observed)
-    row += sum(math.prod(latent.batch_shape + latent.event_shape) for latent in structure.latents)
-    size = max(1, min(num_particles, _MAX_BYTES // (64 * max(1, row))))
-    states: list[States] = []
-    weights: list[Tensor] = []
-    with torch.no_grad():
-        for start in range(0, num_particles, size):
-            count = min(size, num_particles - start)
-            drawn = draw(guide, log_joint, count)
-            states.append(drawn.states)
-            terms = log_joint.terms(drawn.states)
-            weights.append(log_joint.total(_seen(terms, drawn.seen), count) - log_joint.total(drawn.terms, count))
-    return {name: torch.cat([part[name] for part in states]) for name in states[0]}, torch.cat(weights)
+    parts = list(weighed(log_joint, guide, num_particles))
+    states = {name: torch.cat([part.drawn.states[name] for part in parts]) for name in parts[0].drawn.states}
+    return states, torch.cat([part.log_weights for part in parts])
+
+
+def log_weights(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_particles: int,
+    *,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Log weights `[K, batch]` as those of :func:`weigh`, a few rows at a time where the rows can be split.
+
+    Args:
+        model: a Pyro program.
+        guide: with the same arguments and latent sites.
+        args: their positional arguments, the data first.
+        kwargs: their keyword arguments.
+        num_particles: K.
+        batch_size: rows of one run; None takes as many as memory and speed ask for.
+    """
+    rows = split_rows(model, guide, args, kwargs, num_particles, batch_size)
+    joints = log_joints(model, rows)
+    return rows.join([torch.cat([part.log_weights for part in weighed(lj, guide, num_particles)]) for lj in joints], 1)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Draws from a guide: states, log q of each site, and the elements of each masked site that count."""
+    """Draws from a guide: states, log q of each site, and the elements of each masked site that count.
+
+    `sites` are those of the run; of the last one where each draw took a run.
+    """
 
     states: States
     terms: dict[str, Term]
     seen: dict[str, Tensor]
+    sites: dict[str, Site]
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Some particles: draws from the guide, log p of each site and log weights `[k, batch]`.
+
+    `sites` are the model's at the states drawn, by name. With k > 1, one run of guide and model made them all.
+    """
+
+    drawn: Drawn
+    terms: dict[str, Term]
+    sites: dict[str, Site]
+    log_weights: Tensor
+
+
+def weighed(log_joint: LogJoint, guide: Program, num_particles: int) -> Iterator[Weighed]:
+    """Draw from a guide and weigh, as :func:`weigh`, some particles at a time."""
+    row = _row_numel(log_joint.structure) * max(1, log_joint.structure.batch_shape.numel())
+    size = max(1, min(num_particles, _NUMEL // max(1, row)))
+    if not log_joint.broadcasts:
+        size = 1
+    start = 0
+    while start < num_particles:
+        count = min(size, num_particles - start)
+        with torch.no_grad():
+            try:
+                drawn = _draw(guide, log_joint, count)
+            except (RuntimeError, IndexError):  # a guide that does not broadcast
+                if count == 1:
+                    raise
+                size = 1
+                continue
+            sites = log_joint.sites(drawn.states)
+            terms = _seen(log_joint.factors(sites), drawn.seen)
+            log_w = log_joint.total(terms, count) - log_joint.total(drawn.terms, count)
+        start += count
+        yield Weighed(drawn, terms, sites, log_w)
 
 
 def draw(guide: Program, log_joint: LogJoint, num_particles: int) -> Drawn:
     """Draw states `{site: [K, *batch_shape, *event]}` from a guide, in one run where model and guide broadcast."""
     if log_joint.broadcasts:
-        with contextlib.suppress(RuntimeError, IndexError):  # of a guide that does not broadcast
+        try:
             return _draw(guide, log_joint, num_particles)
+        except (RuntimeError, IndexError):  # a guide that does not broadcast
+            pass
     parts = [_draw(guide, log_joint, 1) for _ in range(num_particles)]
     states = {name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states}
     terms = {}
     for name, term in parts[0].terms.items():
         terms[name] = Term(torch.cat([part.terms[name].table for part in parts]), term.plate_dims, 0)
-    return Drawn(states, terms, parts[0].seen)
+    return Drawn(states, terms, parts[0].seen, parts[-1].sites)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What weights say of log p(x): log (1/K) Σ_k w_k, its standard error by the delta method, and how far to trust both.
+
+    All `[batch]`. Where every weight is 0: −inf, stderr inf, ess 0, pareto_k inf.
+    """
+
+    log_evidence: Tensor
+    stderr: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+
+
+def evidence(log_w: Tensor) -> Evidence:
+    """The evidence by log weights `[K, batch]`; `pareto_k` is ArviZ's."""
+    from pyrovae.inference.arviz import pareto_k
+
+    ess = torch.where(torch.isneginf(log_w).all(0), 0.0, effective_sample_size(log_w))
+    stderr = (1 / ess - 1 / log_w.shape[0]).clamp_min(0).sqrt()  # 1 / 0 is inf
+    return Evidence(log_mean_exp(log_w), stderr, ess, pareto_k(log_w))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The arguments of a call, rows of the data plate split into batches.
+
+    Attributes:
+        calls: positional and keyword arguments of each batch.
+        axis: the place of the data plate among the batch dims of results.
+    """
+
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    axis: int = 0
+
+    def join(self, parts: list[Tensor], lead: int) -> Tensor:
+        """Put results `[…, batch, …]` of the batches together; `lead` dims are left of the batch's."""
+        return parts[0] if len(parts) == 1 else torch.cat(parts, lead + self.axis)
+
+
+def split_rows(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_particles: int,
+    batch_size: int | None = None,
+) -> Rows:
+    """Split the rows of a call, so that model and guide see a few at a time.
+
+    The plate of the data is one around every site, as long as the first argument. Every tensor as long as it is split
+    likewise; a program that takes `index` and `num_data` gets them. Where no such plate exists, or the programs cannot run
+    on a part (parameters for each row that no index reaches), all rows stay together.
+
+    Args:
+        model: a Pyro program.
+        guide: with the same arguments.
+        args: their positional arguments, the data first.
+        kwargs: their keyword arguments.
+        num_particles: how many draws a row will take.
+        batch_size: rows of a batch; None takes as many as memory and speed ask for.
+
+    Raises:
+        ValueError: if `batch_size` is given and the rows cannot be split.
+    """
+    kwargs = dict(kwargs)
+    whole = Rows(((args, kwargs),))
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+    total = next((len(value) for value in args if isinstance(value, Tensor) and value.dim()), 0)
+    if total <= 3 or (batch_size is not None and batch_size >= total):
+        return whole
+    for indexed in (True, False):
+        found = _splits(model, guide, args, kwargs, total, indexed=indexed)
+        if found is None:
+            continue
+        axis, row = found
+        size = batch_size or min(total, max(1, _NUMEL // row // max(1, min(num_particles, _SPREAD))))
+        if size == total:
+            return whole
+        return Rows(tuple(_call(args, kwargs, total, start, size, indexed=indexed) for start in range(0, total, size)), axis)
+    if batch_size is not None:
+        raise ValueError(
+            f"expected programs whose rows can be split into batches of {batch_size}, got some without a plate of the {total} "
+            "rows of their first argument around every site, or that cannot run on a part of them; leave out batch_size"
+        )
+    return whole
+
+
+def log_joints(model: Program, rows: Rows, method: str | None = None) -> Iterator[LogJoint]:
+    """The log joint of every batch; that the program broadcasts, and with `method` that its rows are apart, is checked once."""
+    first: LogJoint | None = None
+    for args, kwargs in rows.calls:
+        log_joint = LogJoint(model, args, kwargs, broadcasts=None if first is None else first.broadcasts)
+        if first is None:
+            first = log_joint
+            if method is not None:
+                log_joint.check_rows(method)
+        yield log_joint
+
+
+def _splits(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], total: int, *, indexed: bool
+) -> tuple[int, int] | None:
+    """The place among the batch dims of the plate that follows the number of rows passed, and the elements of a row.
+
+    None where there is no such plate, or a program cannot run on two rows, or on three.
+    """
+    try:
+        two, three = (read_structure(model, *_call(args, kwargs, total, 0, size, indexed=indexed)) for size in (2, 3))
+        guides = [read_structure(guide, *_call(args, kwargs, total, 0, size, indexed=indexed)) for size in (2, 3)]
+    except (ValueError, TypeError, IndexError, RuntimeError):
+        return None
+    for i, (a, b) in enumerate(zip(two.batch, three.batch, strict=False)):
+        follows = a.dim == b.dim and (a.size, b.size) == (2, 3) and a.name not in two.random_plates
+        if follows and all((a.dim, n) in {(p.dim, p.size) for p in g.batch} for g, n in zip(guides, (2, 3), strict=True)):
+            return i, _row_numel(two) * two.batch_shape.numel() // 2
+    return None
+
+
+def _call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], total: int, start: int, size: int, *, indexed: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments for some rows."""
+    stop = min(start + size, total)
+
+    def part(value: Any) -> Any:
+        return value[start:stop] if isinstance(value, Tensor) and value.dim() and len(value) == total else value
+
+    kwargs = {name: part(value) for name, value in kwargs.items()}
+    if indexed:
+        device = next(value.device for value in args if isinstance(value, Tensor) and value.dim())
+        kwargs = {"index": torch.arange(start, stop, device=device), "num_data": total} | kwargs
+    return tuple(part(value) for value in args), kwargs
+
+
+def _row_numel(structure: Structure) -> int:
+    """Elements of data and latents of one row of the batch."""
+    rows = max(1, structure.batch_shape.numel())
+    total = sum(math.prod(site.event_shape) * math.prod(p.size for p in site.plates) for site in structure.observed)
+    total += sum(math.prod(latent.batch_shape + latent.event_shape) for latent in structure.latents)
+    return max(1, total // rows)
 
 
 def _draw(guide: Program, log_joint: LogJoint, count: int) -> Drawn:
@@ -106,7 +307,7 @@ def _draw(guide: Program, log_joint: LogJoint, count: int) -> Drawn:
         if masks[0] is not None and masks[1] is not None:
             shown = torch.as_tensor(masks[0]) | torch.as_tensor(masks[1])
             seen[latent.name] = shown.reshape((1,) * (1 + depth - shown.dim()) + shown.shape)
-    return Drawn(states, _seen(terms, seen), seen)
+    return Drawn(states, _seen(terms, seen), seen, sites)
 
 
 def _seen(terms: Mapping[str, Term], seen: Mapping[str, Tensor]) -> dict[str, Term]:
