@@ -1,5 +1,9 @@
 """Generative models p(x, z), each an ordinary Pyro program: no objective, no optimiser, no data set."""
 
+from pyrovae.models.autoencoder import AutoEncoder
+from pyrovae.models.bernoulli_vae import BernoulliVAE
+from pyrovae.models.categorical_vae import CategoricalVAE
+from pyrovae.models.gaussian_vae import GaussianVAE
 from pyrovae.models.sigmoid_belief_net import SigmoidBeliefNet
 
-__all__ = ["SigmoidBeliefNet"]
+__all__ = ["AutoEncoder", "BernoulliVAE", "CategoricalVAE", "GaussianVAE", "SigmoidBeliefNet"]

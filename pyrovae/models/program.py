@@ -1,9 +1,174 @@
-"""What the programs of this package share: the plate of the data."""
+"""What the programs of this package share: the plate of the data, and the frame of those that decode latents to pixels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pyro
-from torch import Tensor
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import is_validation_enabled
+from torch import Tensor, nn
+
+from pyrovae.handlers import Module
+from pyrovae.models.likelihood import Likelihood, make_likelihood
+from pyrovae.models.nets import Activation, named_activation, perceptron, positive, reset, sizes_of
+
+
+class VAE(Module):
+    """p(latents) p(x | latents): a decoder from the code, that is the latents in one row, to the outputs of a likelihood.
+
+    The base of the autoencoders. A subclass draws its latents in `_code`, and gives its encoder in `mirror`.
+
+    Attributes:
+        visible: width of the data.
+        hidden: hidden sizes from the data to the latents; the decoder has them reversed.
+        beta: 0-d buffer, the weight of the latents' log probabilities in model and mean-field guide, hence of the KL;
+            changes in place are seen at the next run.
+        decoder: a net from the code to the outputs.
+        likelihood: the distribution of the pixels given the outputs.
+    """
+
+    beta: Tensor
+
+    def __init__(
+        self,
+        visible: int,
+        code: int,
+        hidden: int | Sequence[int],
+        *,
+        likelihood: str,
+        beta: float,
+        scale: float,
+        levels: int,
+        activation: Activation,
+        **config: Any,
+    ) -> None:
+        super().__init__()
+        if not 0 <= beta < float("inf"):
+            raise ValueError(f"expected a finite beta >= 0, got {beta}")
+        self.visible, self.hidden = positive(visible, "visible"), sizes_of(hidden)
+        self._activation = named_activation(activation)
+        self._config = {"likelihood": likelihood, "beta": float(beta), "scale": float(scale), "levels": levels, **config}
+        self.register_buffer("beta", torch.tensor(float(beta)))
+        self.likelihood: Likelihood = make_likelihood(likelihood, scale=scale, levels=levels)
+        outputs = visible * self.likelihood.per_pixel
+        self.decoder = perceptron([code, *reversed(self.hidden), outputs], self._activation)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, for JSON: `type(model)(**model.config)` has the same architecture and the first beta.
+
+        Raises:
+            ValueError: for an activation that is not in `torch.nn`.
+        """
+        name = self._activation.__name__
+        if getattr(nn, name, None) is not self._activation:
+            raise ValueError(f"expected an activation of torch.nn to write down, got {self._activation}")
+        return {"visible": self.visible, "hidden": list(self.hidden), **self._config, "activation": name}
+
+    @property
+    def normalized(self) -> bool:
+        """Whether p(x | latents) sums or integrates to 1; if not, no bound of this model is one on a log probability."""
+        return self.likelihood.normalized
+
+    def reset_parameters(self) -> None:
+        """Draw all nets anew, by torch's own rules for a linear layer; beta stays."""
+        reset(self)
+
+    @torch.no_grad()
+    def initialize_bias(self, x: Tensor) -> None:
+        """Set the decoder's last bias so that zero outputs of its last weights mean the average image.
+
+        Bits count as (sum + 1) / (n + 2), levels as (count + 1) / (n + levels): a pixel that never changes gets a finite bias.
+
+        Args:
+            x: data `[n, visible]`.
+
+        Raises:
+            ValueError: for another shape, or values that are no pixels of the likelihood.
+        """
+        if x.dim() != 2 or x.shape[1] != self.visible or len(x) == 0:
+            raise ValueError(f"expected data [n, {self.visible}] with at least one row, got {list(x.shape)}")
+        last = self.decoder[-1].bias
+        assert isinstance(last, Tensor)
+        x = x.to(last)
+        self.likelihood.check(x)
+        last.copy_(self.likelihood.bias(x))
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        *,
+        batch_size: int = 1,
+        index: Tensor | None = None,
+        num_data: int | None = None,
+    ) -> Tensor:
+        """Run the program.
+
+        Args:
+            x: data `[B, visible]`; None draws from the prior.
+            batch_size: rows to draw where `x` is None.
+            index: row numbers `[B]` of a minibatch in the data set.
+            num_data: the size of that data set.
+
+        Returns:
+            The pixels `[..., B, visible]`.
+
+        Raises:
+            ValueError: if `x` has another width or is empty; while Pyro's validation is on, if its values are no pixels of
+                the likelihood, or beta is negative or not finite.
+        """
+        with data_plate(x, self.visible, batch_size=batch_size, index=index, num_data=num_data):
+            if is_validation_enabled():
+                self._check(x)
+            with _Weight(self.beta):
+                code = self._code()
+            return pyro.sample("x", self.likelihood(self.decoder(code)), obs=x)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, mean: bool = False) -> Tensor:
+        """Draws from the model, `[n, visible]`.
+
+        Args:
+            n: how many.
+            mean: give the means of the pixels, given latents from the prior.
+        """
+        with pyro.poutine.block(), data_plate(None, self.visible, batch_size=n, index=None, num_data=None):
+            pixels = self.likelihood(self.decoder(self._code()))
+            return pixels.mean if mean else pixels.sample()
+
+    def mirror(self) -> Any:
+        """An encoder for `AmortizedMeanField`: the decoder's hidden sizes from the data to the latents, fresh at each call."""
+        raise NotImplementedError
+
+    def _code(self) -> Tensor:
+        """Sample the latents; they, in one row `[..., B, code]`."""
+        raise NotImplementedError
+
+    def _encoder(self, outputs: int) -> nn.Sequential:
+        return perceptron([self.visible, *self.hidden, outputs], self._activation).to(self.beta)
+
+    def _check(self, x: Tensor | None) -> None:
+        if not bool((self.beta >= 0) & (self.beta < float("inf"))):
+            raise ValueError(f"expected a finite beta >= 0, got {float(self.beta)}; set it with model.beta.fill_(1.0)")
+        if x is None:
+            return
+        if not x.is_floating_point():
+            raise ValueError(f"expected floating pixels, got {x.dtype}; convert, and divide bytes by 255")
+        self.likelihood.check(x)
+
+
+class _Weight(Messenger):
+    """Multiplies the log probabilities of sample sites; as `poutine.scale`, with 0 allowed and no check of its own."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        msg["scale"] = self.weight * msg["scale"]
 
 
 def data_plate(x: Tensor | None, width: int, *, batch_size: int, index: Tensor | None, num_data: int | None) -> pyro.plate:
