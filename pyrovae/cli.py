@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import random
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-_state = random.getstate()  # rich draws from Python's generator at its first import
-import rich.markup  # noqa: E402
-import rich.padding  # noqa: E402
-import rich.progress  # noqa: E402
-import rich.table  # noqa: E402
-import rich.text  # noqa: E402
-import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
+from pyrovae.console import check_threads, clear_errors, integers, own_process, print_legend, progress_bar
 
-random.setstate(_state)
+import rich.markup  # isort: skip  after console, which puts back the random state that the first import draws from
+import rich.padding
+import rich.table
+import rich.text
+import typer
+from rich.console import Console
 
 if TYPE_CHECKING:
     from pyrovae.main_job import MainJob, Settings
@@ -94,24 +87,21 @@ def compare_command(
 
       pyrovae compare --methods "exact EM,relaxation,exact,Gibbs" --seeds 5
     """
-    errors = Console(stderr=True, highlight=False)
-    try:
-        if threads < 1:
-            raise ValueError(f"expected --threads of at least 1, got {threads}; leave it out for 1")
+    with clear_errors(data):
+        check_threads(threads)
         settings = _settings(data, model, hidden, methods, budget, seeds, penalty, rows)
+        import torch
+
         from pyrovae import main_job, report
 
         report.check_writable(output)
-        with _own_process(threads):
-            job = _run(main_job, settings, quiet=quiet)
-            path = report.write_report(job.comparisons, output, _heading(settings), samples=job.samples, notes=job.notes)
-    except KeyboardInterrupt:
-        errors.print("Interrupted; nothing was written.")
-        raise typer.Exit(130) from None
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        text = " ".join(str(error).split()).replace("download=True", f"pyrovae.data.load({data!r}, download=True) in Python")
-        errors.print(f"Error: {text}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        try:
+            with own_process(threads, torch.float64):
+                job = _run(main_job, settings, quiet=quiet)
+                path = report.write_report(job.comparisons, output, _heading(settings), samples=job.samples, notes=job.notes)
+        except KeyboardInterrupt:
+            Console(stderr=True, highlight=False).print("Interrupted; nothing was written.")
+            raise typer.Exit(130) from None
     if not quiet:
         _print(job)
     typer.echo(f"Report: {path}")
@@ -127,7 +117,7 @@ def _settings(
         raise ValueError(f"expected --data to be a known data set, got {data!r}; choose from: {', '.join(NAMES)}")
     if model != "sbn":
         raise ValueError(f"expected --model to be a known family, got {model!r}; choose from: sbn")
-    sizes = _integers("--hidden", hidden, least=1)
+    sizes = integers("--hidden", hidden, least=1)
     if budget in BUDGETS:
         factor = BUDGETS[budget]
     else:
@@ -140,7 +130,7 @@ def _settings(
                 f"expected --budget small, default, large or a factor above 0 and up to 1000, got {budget!r}; 0.5 halves every "
                 "number of steps and draws"
             )
-    listed = _integers("--seeds", seeds, least=0)
+    listed = integers("--seeds", seeds, least=0)
     chosen = listed if "," in seeds else tuple(range(listed[0]))
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(
@@ -155,49 +145,10 @@ def _settings(
     )
 
 
-def _integers(option: str, text: str, *, least: int) -> tuple[int, ...]:
-    try:
-        values = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        values = ()
-    if not values or min(values) < least:
-        raise ValueError(
-            f"expected {option} to be integers of at least {least}, with commas between, got {text!r}; write 8 or 8,4"
-        )
-    return values
-
-
-@contextmanager
-def _own_process(threads: int) -> Iterator[None]:
-    """float64, few threads, and none of Pyro's remarks to developers, while the command runs."""
-    import torch
-
-    logger = logging.getLogger("pyro")
-    level, dtype, before = logger.level, torch.get_default_dtype(), torch.get_num_threads()
-    logger.setLevel(logging.WARNING)
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(threads)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_num_threads(before)
-        torch.set_default_dtype(dtype)
-        logger.setLevel(level)
-
-
 def _run(main_job: Any, settings: Settings, *, quiet: bool) -> MainJob:
     if quiet:
         return main_job.run(settings)
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description:16}"),
-        rich.progress.BarColumn(bar_width=30),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    bar = progress_bar()
     with bar:
         task = bar.add_task("starting", total=None)
 
@@ -236,7 +187,7 @@ _SHORT = {
 
 def _print(job: MainJob) -> None:
     """The tables, their notes beneath, and what the marks mean."""
-    from pyrovae.report import LEGEND, SYMBOLS, tables
+    from pyrovae.report import tables
 
     console = Console(file=sys.stdout, highlight=False)
     narrow = console.width < 110
@@ -268,8 +219,7 @@ def _print(job: MainJob) -> None:
                         rich.padding.Padding(rich.text.Text(f"{row[0].text}: {row[-1].text}", style="dim"), (0, 0, 0, 2))
                     )
     console.print()
-    short = "   ".join(f"{SYMBOLS[mark]} {words.split(':')[0].split(',')[0]}" for mark, words in LEGEND.items())
-    console.print(f"{short}   ± one standard error", markup=False)
+    print_legend(console)
     console.print("bounds of rows that were sampled hold in expectation", style="dim")
     for note in job.notes:
         console.print(f"- {note}", markup=False, style="dim")

@@ -1,4 +1,4 @@
-"""The plots of a comparison: what each method says of itself beside what is true.
+"""The plots of a comparison, and the pictures of a trained model: what each says of itself beside what is true.
 
 Every function returns a matplotlib `Figure` made without pyplot: no window, no global state.
 """
@@ -272,6 +272,63 @@ def samples_grid(samples: Mapping[str, Tensor], *, dark: bool = False, columns: 
     return figure
 
 
+def image_grid(images: Tensor, *, columns: int = 8, title: str = "", subtitle: str = "", dark: bool = False) -> Figure:
+    """Images beside one another, laid out by torchvision's `make_grid`.
+
+    Args:
+        images: rows in [0, 1] `[n, D]`, or `[n, height, width]`. Rows are images where D is a square, strips where it is not.
+        columns: images side by side.
+        title: above the grid; none where empty.
+        subtitle: beneath the title.
+        dark: for a dark page: white on black, where a light page has black on white.
+
+    Raises:
+        ValueError: if there is no image, or a value outside [0, 1].
+        ImportError: if torchvision does not import.
+    """
+    if columns < 1:
+        raise ValueError(f"expected columns >= 1, got {columns}")
+    return _picture(_tiles(_images(images), columns), title, subtitle, dark=dark)
+
+
+def reconstruction_grid(
+    data: Tensor,
+    reconstructions: Tensor,
+    *,
+    columns: int = 10,
+    title: str = "Data, and beneath each its reconstruction",
+    subtitle: str = "",
+    dark: bool = False,
+) -> Figure:
+    """Data and their reconstructions in pairs of lines, laid out by torchvision's `make_grid`.
+
+    Args:
+        data: rows in [0, 1] `[n, D]`, or `[n, height, width]`.
+        reconstructions: likewise, one a datum.
+        columns: data side by side.
+        title: above the grid; none where empty.
+        subtitle: beneath the title.
+        dark: for a dark page.
+
+    Raises:
+        ValueError: if the two differ in shape, there is no image, or a value outside [0, 1].
+        ImportError: if torchvision does not import.
+    """
+    if data.shape != reconstructions.shape:
+        raise ValueError(
+            f"expected one reconstruction of the same shape a datum, got {tuple(data.shape)} and {tuple(reconstructions.shape)}"
+        )
+    above, below = _images(data), _images(reconstructions)
+    columns = min(columns, len(above))
+    lines = []
+    for start in range(0, len(above) // columns * columns, columns):  # whole lines only
+        pair = torch.cat([above[start : start + columns], below[start : start + columns]])
+        lines.append(torch.from_numpy(_tiles(pair, columns)))
+    gap = torch.full((4, lines[0].shape[1]), math.nan, dtype=torch.float64)  # paper between the pairs
+    canvas = torch.cat([part for line in lines for part in (line, gap)][:-1])
+    return _picture(canvas.numpy(), title, subtitle, dark=dark)
+
+
 # --- Looks -----------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +452,57 @@ def _number(value: Any) -> float | None:
     return None if value is None or value != value else float(value)
 
 
+_GAP = 0.14  # the grey between images
+
+
+def _images(x: Tensor) -> Tensor:
+    """Rows as images `[n, 1, height, width]`, checked."""
+    if x.dim() not in (2, 3) or not x.numel():
+        raise ValueError(f"expected images [n, D] or [n, height, width] with n >= 1, got shape {tuple(x.shape)}")
+    x = x.detach().to("cpu", torch.float64)
+    if not bool(((x >= 0) & (x <= 1)).all()):  # a NaN is refused too
+        raise ValueError(
+            f"expected images with values in [0, 1], got values from {x.min():g} to {x.max():g}; divide grey levels by the "
+            "largest possible (255), and clamp means that leave the range"
+        )
+    side = math.isqrt(x.shape[1])
+    shape = x.shape[1:] if x.dim() == 3 else (side, side) if side * side == x.shape[1] else (1, x.shape[1])
+    return x.reshape(len(x), 1, *shape)
+
+
+def _tiles(images: Tensor, columns: int) -> Any:
+    """Images `[n, 1, height, width]` as one, `[height, width]`, with gaps between them and none around."""
+    try:
+        from torchvision.utils import make_grid
+    except (ImportError, RuntimeError) as error:  # RuntimeError: operator torchvision::nms does not exist
+        raise ImportError(
+            f"expected torchvision for grids of images, got {error!r}; if it is installed, the builds of torchvision and "
+            f"torch {torch.__version__} do not match: install both from one index"
+        ) from error
+    grid = make_grid(images, nrow=columns if images.shape[2] > 1 else 1, padding=1, pad_value=_GAP)[0]
+    return (grid if len(images) == 1 else grid[1:-1, 1:-1]).numpy()
+
+
+def _picture(canvas: Any, title: str, subtitle: str, *, dark: bool) -> Figure:
+    """A figure around an image, every pixel of which takes the same whole number of dots at 160 dots an inch."""
+    from matplotlib.figure import Figure
+
+    look, margin, dots = _look(dark=dark), 0.1, 160
+    rows, wide = canvas.shape
+    zoom = max(1, min(round(960 / wide), round(960 / rows), 14))
+    across, down = wide * zoom / dots, rows * zoom / dots
+    above = (0.72 if subtitle else 0.5) if title else margin
+    least = 0.2 + 0.092 * max(len(title) * 1.2, len(subtitle) * 0.85) if title else 0.0
+    width, height = max(across + 2 * margin, least), down + above + margin
+    figure = Figure(figsize=(width, height), facecolor=look.paper)
+    axes = figure.add_axes((margin / width, margin / height, across / width, down / height))
+    axes.imshow(canvas, cmap="gray" if dark else "gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    if title:
+        _title(figure, look, title, subtitle)
+    return figure
+
+
 def _mosaic(rows: Tensor, columns: int) -> Any:
     """Images beside one another with gaps, `[height, width]`; NaN-free, gaps at a light grey."""
     side = math.isqrt(rows.shape[1])
@@ -403,7 +511,7 @@ def _mosaic(rows: Tensor, columns: int) -> Any:
     images = rows.detach().cpu().double().reshape(-1, height, width)
     lines = math.ceil(len(images) / columns)
     gap = 1
-    canvas = torch.full((lines * (height + gap) - gap, columns * (width + gap) - gap), 0.14, dtype=torch.float64)
+    canvas = torch.full((lines * (height + gap) - gap, columns * (width + gap) - gap), _GAP, dtype=torch.float64)
     for i, image in enumerate(images):
         top, start = (i // columns) * (height + gap), (i % columns) * (width + gap)
         canvas[top : top + height, start : start + width] = image

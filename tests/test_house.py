@@ -21,7 +21,9 @@ ORDER = [
     {"inference"},
     {"diagnostics"},
     {"compare", "report", "plots"},  # one layer: they may import one another
-    {"main_job"},
+    {"main_job", "train_job"},
+    {"console"},
+    {"cli_train"},
     {"cli"},
 ]
 LAYER = {part: k for k, parts in enumerate(ORDER) for part in parts}
