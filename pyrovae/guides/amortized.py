@@ -214,8 +214,9 @@ def _explain_width(error: Exception, shapes: list[list[int]]) -> None:
 
 def _default_encoder(model: Callable[..., Any], pilot: Pilot, tensors: tuple[Tensor, ...]) -> nn.Module:
     mirror = getattr(innermost_program(model), "mirror", None)
-    if mirror is not None:
-        return mirror()
+    net = None if mirror is None else mirror()
+    if isinstance(net, nn.Module):  # a structured guide's encoders, by site, are no encoder for this one
+        return net
     if not tensors or tensors[0].dim() < len(pilot.batch):
         raise ValueError(
             "expected a model whose first argument is the data, to build an encoder for; pass encoder=... and example=(x,), "

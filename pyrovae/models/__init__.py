@@ -4,6 +4,16 @@ from pyrovae.models.autoencoder import AutoEncoder
 from pyrovae.models.bernoulli_vae import BernoulliVAE
 from pyrovae.models.categorical_vae import CategoricalVAE
 from pyrovae.models.gaussian_vae import GaussianVAE
+from pyrovae.models.hierarchical_vae import HierarchicalVAE
+from pyrovae.models.mixed_vae import MixedVAE
 from pyrovae.models.sigmoid_belief_net import SigmoidBeliefNet
 
-__all__ = ["AutoEncoder", "BernoulliVAE", "CategoricalVAE", "GaussianVAE", "SigmoidBeliefNet"]
+__all__ = [
+    "AutoEncoder",
+    "BernoulliVAE",
+    "CategoricalVAE",
+    "GaussianVAE",
+    "HierarchicalVAE",
+    "MixedVAE",
+    "SigmoidBeliefNet",
+]
