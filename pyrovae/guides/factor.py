@@ -9,7 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.relax import StableRelaxedBernoulli, StableRelaxedOneHotCategorical, innermost
+from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
+from pyrovae.handlers.rewrite import innermost
 from pyrovae.handlers.structure import Latent
 
 
@@ -48,17 +49,27 @@ def factor(latent: Latent, parameters: Tensor, frames: Mapping[int, Any], prior:
 def _components(latent: Latent, parameters: Tensor, prior: Any) -> Any:
     """The factor of each component, from `[..., width]`; `prior` is the model's own, bare."""
     lead = parameters.shape[:-1] + latent.event_shape
+    if isinstance(prior, (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)):
+        return _relaxed(prior, parameters.reshape(lead))
     if latent.kind == "bit":
         return dist.Bernoulli(logits=parameters.reshape(lead))
     if latent.kind == "integer":
         return dist.Categorical(logits=parameters.reshape((*lead, latent.cardinality)))
     if latent.kind == "one_hot":
         return dist.OneHotCategorical(logits=parameters.reshape(lead))
-    if latent.kind == "real":
-        loc, log_scale = parameters.chunk(2, -1)
-        return dist.Normal(loc.reshape(lead), log_scale.exp().reshape(lead))
-    family = _relaxed_family(type(prior))
-    return family(prior.temperature.detach(), logits=parameters.reshape(lead), validate_args=False)
+    loc, log_scale = parameters.chunk(2, -1)
+    return dist.Normal(loc.reshape(lead), log_scale.exp().reshape(lead))
+
+
+def _relaxed(prior: Any, logits: Tensor) -> Any:
+    """The prior's family at its temperature: ours for Pyro's own soft ones, any subclass (straight-through) as it is."""
+    stable: dict[Any, Any] = {
+        dist.RelaxedBernoulli: RelaxedBernoulli,
+        dist.RelaxedOneHotCategorical: RelaxedOneHotCategorical,
+    }
+    family = stable.get(type(prior), type(prior))
+    ours = {"straight_through": getattr(prior, "straight_through", False)} if family in stable.values() else {}
+    return family(prior.temperature.detach(), logits=logits, **ours)
 
 
 def _masks(prior: Any) -> list[tuple[int, Any]]:
@@ -72,12 +83,3 @@ def _masks(prior: Any) -> list[tuple[int, Any]]:
             masks.append((depth, prior._mask))
         prior = prior.base_dist
     return masks
-
-
-def _relaxed_family(family: type) -> type:
-    """The stable form of Pyro's own soft families; a subclass, as a straight-through one, is taken as it is."""
-    stable = {
-        dist.RelaxedBernoulli: StableRelaxedBernoulli,
-        dist.RelaxedOneHotCategorical: StableRelaxedOneHotCategorical,
-    }
-    return stable.get(family, family)

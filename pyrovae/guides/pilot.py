@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae.handlers.relax import innermost
+from pyrovae.handlers.rewrite import innermost
 from pyrovae.handlers.structure import Latent, Plate, Site, read_structure, run_sites
 from pyrovae.ops import isolated_rng
 

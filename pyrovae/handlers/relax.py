@@ -8,53 +8,64 @@ handler around the call would not reach what runs inside `poutine.block`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
+from pyrovae.handlers.rewrite import (
+    Rewrite,
+    RewrittenProgram,
+    as_temperature,
+    is_latent,
+    read_temperature,
+    refuse_other_discrete,
+    rewrap,
+)
 
-class RewrittenProgram:
-    """A program whose latent sites are rewritten at every run; the original is in `program`."""
-
-    def __init__(self, program: Callable[..., Any], temperature: Tensor | None) -> None:
-        self.program = program
-        self.temperature = temperature
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program, rewritten."""
-        with _Rewrite(_discrete) if self.temperature is None else _Rewrite(_Relaxer(self.temperature)):
-            return self.program(*args, **kwargs)
+Temperature = float | Tensor | Callable[[], "float | Tensor"]
 
 
-def relax(program: Callable[..., Any], temperature: float | Tensor) -> RewrittenProgram:
+def relax(
+    program: Callable[..., Any],
+    temperature: Temperature,
+    straight_through: bool = False,  # noqa: FBT001, FBT002
+) -> RewrittenProgram:
     """The relaxed twin of a model or guide.
 
-    Every latent Bernoulli becomes a RelaxedBernoulli with the same logits, every latent OneHotCategorical a
-    RelaxedOneHotCategorical, also inside `.to_event`, `.mask` and `.expand`; batch and event shapes are kept. Observed,
-    continuous and already relaxed sites stay as they are. A site that is not observed in this call counts as latent: the
-    observation of a model called without data is relaxed too, so draw pictures from the discrete program.
+    Every latent Bernoulli becomes a :class:`pyrovae.distributions.RelaxedBernoulli` with the same logits, every latent
+    OneHotCategorical a :class:`pyrovae.distributions.RelaxedOneHotCategorical`, also inside `.to_event`, `.mask` and
+    `.expand`; batch and event shapes are kept. Observed, continuous and already relaxed sites stay as they are. A site that
+    is not observed in this call counts as latent: the observation of a model called without data is relaxed too, so draw
+    pictures from the discrete program.
 
-    Bias: the relaxed program is another model. Its ELBO, with model and guide both relaxed, bounds the evidence of the
-    *relaxed* model; it is no bound on the discrete log p(x), and its gradient is a biased estimate of that of the discrete
-    ELBO, with less bias and more variance as the temperature falls. Report the discrete bound.
+    Bias: the relaxed program is another model. With soft values (`straight_through=False`) and `Trace_ELBO`, the ELBO of
+    model and guide both relaxed bounds the evidence of the *relaxed* model; it is no bound on the discrete log p(x), and its
+    gradient is a biased estimate of that of the discrete ELBO, with less bias and more variance as the temperature falls.
+    With soft values and `TraceMeanField_ELBO` the KL is the categorical one (Jang et al.), and the objective bounds nothing.
+    With `straight_through=True` values are one-hot and scored by their mass: the objective is the true discrete bound, its
+    gradient biased. Report the discrete bound.
     Cost: that of the program.
 
     Args:
         program: a Pyro program: ours, a `PyroModule`, a plain function; also a guide, whose sites must then meet those of a
-            model relaxed at the same sites.
-        temperature: positive; a float, or a 0-d tensor that is read at every run, so that it may be changed in place.
+            model relaxed at the same sites, in the same way.
+        temperature: positive; a float, or a 0-d tensor that is read at every run, so that it may be changed in place, or a
+            function without arguments that returns one of them and is called once at every run: with
+            `lambda: pyro.param("t", torch.tensor(0.5), constraint=constraints.positive)` it is learned.
+        straight_through: draw hard values, whose gradient is that of the soft ones.
 
     Returns:
         A callable with the program's arguments and the attributes `program` and `temperature`.
 
     Raises:
         ValueError: if the temperature is not positive and finite; at a run, for a latent that is discrete but neither
-            Bernoulli nor OneHotCategorical.
+            Bernoulli nor OneHotCategorical, and where one of model and guide is relaxed softly and the other straight-through.
 
     Example:
         >>> import pyro
@@ -70,20 +81,14 @@ def relax(program: Callable[..., Any], temperature: float | Tensor) -> Rewritten
         The Concrete Distribution: A Continuous Relaxation of Discrete Random Variables (Maddison, Mnih, Teh, 2017)
         https://arxiv.org/abs/1611.00712
     """
-    value = temperature if isinstance(temperature, Tensor) else torch.tensor(float(temperature))
-    if value.dim() != 0 or not bool(torch.isfinite(value)) or not bool(value > 0):
-        raise ValueError(
-            f"expected a positive, finite temperature (a float or a 0-d tensor), got "
-            f"{temperature if value.dim() == 0 else f'a tensor of shape {tuple(value.shape)}'}; values from 0.1 to 1 are usual"
-        )
-    return RewrittenProgram(program, value)
+    return RewrittenProgram(program, _Relaxation(as_temperature(temperature), straight_through=straight_through))
 
 
 def discretize(program: Callable[..., Any]) -> RewrittenProgram:
     """The discrete twin of a program written with relaxed sites; the inverse of :func:`relax`.
 
-    Every latent RelaxedBernoulli (also straight-through) becomes a Bernoulli with the same logits, every latent
-    RelaxedOneHotCategorical a OneHotCategorical; everything else stays. Exact, at the cost of the program.
+    Every latent RelaxedBernoulli (Pyro's or ours, also straight-through) becomes a Bernoulli with the same logits, every
+    latent RelaxedOneHotCategorical a OneHotCategorical; everything else stays. Exact, at the cost of the program.
 
     Args:
         program: a Pyro program.
@@ -99,116 +104,105 @@ def discretize(program: Callable[..., Any]) -> RewrittenProgram:
         >>> bool(((z == 0) | (z == 1)).all())
         True
     """
-    return RewrittenProgram(program, None)
+    return RewrittenProgram(program, _Discretization())
 
 
-class StableRelaxedBernoulli(dist.RelaxedBernoulli):
-    """Pyro's RelaxedBernoulli, with values kept inside (0, 1) and a log density that stays finite.
+class RelaxReparam(Reparam):
+    """The relaxation of single sites, for `poutine.reparam`.
 
-    Values are clamped to [tiny/eps, 1 − eps] of their dtype; where the clamp acts, the gradient of the value is 0.
+    The site keeps its name and stays a latent, so that it works on models and on hand-written guides; bias as in
+    :func:`relax`. Observed and continuous sites stay as they are.
+
+    Args:
+        temperature: positive; as for :func:`relax`.
+        straight_through: draw hard values, whose gradient is that of the soft ones.
+
+    Raises:
+        ValueError: if the temperature is not positive and finite; at a run, for another discrete site.
+
+    Example:
+        >>> import pyro
+        >>> from pyro import poutine
+        >>> def model():
+        ...     return pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(3)))
+        >>> z = poutine.reparam(model, config={"z": RelaxReparam(0.5)})()
+        >>> bool((z < 1).all())
+        True
     """
 
-    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """Values `[*sample_shape, *batch_shape]`."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        u = _open_uniform(shape, self.logits)
-        y = (self.logits + u.log() - torch.log1p(-u)) / self.temperature
-        low, high = _bounds(y.dtype)
-        return torch.sigmoid(y).clamp(low, high)
+    def __init__(
+        self,
+        temperature: Temperature,
+        straight_through: bool = False,  # noqa: FBT001, FBT002
+    ) -> None:
+        self.temperature = as_temperature(temperature)
+        self.straight_through = straight_through
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of `value [..., *batch_shape]` (Maddison et al., appendix B)."""
-        low, high = _bounds(value.dtype)
-        value = value.clamp(low, high)
-        log_v, log_not_v = value.log(), torch.log1p(-value)
-        d = self.logits - self.temperature * (log_v - log_not_v)
-        # d - 2 softplus(d), without the cut-off of torch's softplus at 20
-        logistic = torch.nn.functional.logsigmoid(d) + torch.nn.functional.logsigmoid(-d)
-        return torch.as_tensor(self.temperature).log() + logistic - log_v - log_not_v
+    def apply(self, msg: Any) -> Any:
+        """The message with the relaxed distribution."""
+        if msg["is_observed"]:
+            return msg
+        change = _Relaxer(read_temperature(self.temperature), straight_through=self.straight_through)
+        return {**msg, "fn": rewrap(msg["fn"], lambda fn: change(msg["name"], fn))}
 
 
-class StableRelaxedOneHotCategorical(dist.RelaxedOneHotCategorical):
-    """Pyro's RelaxedOneHotCategorical, with values kept off the faces of the simplex and a log density that stays finite.
+class _Relaxation:
+    def __init__(self, temperature: Any, *, straight_through: bool) -> None:
+        self.temperature, self.straight_through = temperature, straight_through
 
-    Values are clamped to at least tiny/eps of their dtype; where the clamp acts, the gradient of the value is 0.
-    """
-
-    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """Values `[*sample_shape, *batch_shape, K]`."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        gumbel = -(-_open_uniform(shape, self.logits).log()).log()
-        return torch.softmax((self.logits + gumbel) / self.temperature, -1).clamp_min(_bounds(gumbel.dtype)[0])
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of `value [..., *batch_shape, K]` with respect to K − 1 coordinates (Maddison et al., definition 1)."""
-        k = self.event_shape[-1]
-        log_v = value.clamp_min(_bounds(value.dtype)[0]).log()
-        score = torch.log_softmax(self.logits - self.temperature * log_v, -1)
-        log_scale = math.lgamma(k) + (k - 1) * torch.as_tensor(self.temperature).log()
-        return log_scale + (score - log_v).sum(-1)
+    def handler(self) -> Messenger:
+        return _Relaxing(_Relaxer(read_temperature(self.temperature), straight_through=self.straight_through))
 
 
-def innermost(fn: Any) -> Any:
-    """The distribution inside `.to_event`, `.mask` and `.expand`."""
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution, _EXPANDED)):
-        fn = fn.base_dist
-    return fn
+class _Discretization:
+    def handler(self) -> Messenger:
+        return Rewrite(_discrete)
 
 
-def rewrap(fn: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply `change` to the innermost distribution and put `.to_event`, `.mask` and `.expand` back around it."""
-    if isinstance(fn, torch.distributions.Independent):
-        base = rewrap(fn.base_dist, change)
-        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
-    if isinstance(fn, dist.MaskedDistribution):
-        base = rewrap(fn.base_dist, change)
-        return fn if base is fn.base_dist else base.mask(fn._mask)
-    if isinstance(fn, _EXPANDED):
-        base = rewrap(fn.base_dist, change)
-        return fn if base is fn.base_dist else base.expand(fn.batch_shape)
-    return change(fn)
+class _Relaxing(Rewrite):
+    """Relaxes, and leaves a mark in `infer` by which a replay tells how the guide was relaxed."""
 
-
-_EXPANDED = dist.torch_distribution.ExpandedDistribution
-
-
-class _Rewrite(Messenger):
-    def __init__(self, change: Callable[[str, Any], Any]) -> None:
-        super().__init__()
-        self.change = change
+    def __init__(self, change: _Relaxer) -> None:
+        super().__init__(change)
+        self.mark = "straight-through" if change.straight_through else "soft"
+        self.marked: set[str] = set()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        # A replayed value is already there, but `fn` still scores it: no early return on msg["done"].
-        if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
-            return
-        msg["fn"] = rewrap(msg["fn"], lambda fn: self.change(msg["name"], fn))
+        fn = msg["fn"]
+        super()._pyro_sample(msg)
+        if msg["fn"] is not fn:
+            self.marked.add(msg["name"])
+            msg["infer"] = {**(msg["infer"] or {}), "relaxed": self.mark}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        found = (msg["infer"] or {}).get("relaxed", self.mark)  # a replay has put the guide's in place
+        if msg["name"] in self.marked and is_latent(msg) and found != self.mark:
+            raise ValueError(
+                f"expected one relaxation of site {msg['name']!r} in model and guide, got a {self.mark} model and a {found} "
+                "guide: a density would meet a mass; pass the same straight_through to both"
+            )
 
 
 class _Relaxer:
     """Bernoulli and OneHotCategorical to their relaxations at one temperature."""
 
-    def __init__(self, temperature: Tensor) -> None:
-        self.temperature = temperature
+    def __init__(self, temperature: Tensor, *, straight_through: bool) -> None:
+        self.temperature, self.straight_through = temperature, straight_through
 
     def __call__(self, name: str, fn: Any) -> Any:
+        family: Any
         if isinstance(fn, torch.distributions.Bernoulli):
-            return StableRelaxedBernoulli(self._temperature(fn), logits=fn.logits, validate_args=False)
-        if isinstance(fn, torch.distributions.OneHotCategorical):
-            return StableRelaxedOneHotCategorical(self._temperature(fn), logits=fn.logits, validate_args=False)
-        if _is_discrete(fn):
-            remedy = (
-                "write the site as dist.OneHotCategorical and index with `z @ table` instead of `table[z]`"
-                if isinstance(fn, torch.distributions.Categorical)
-                else "use a score-function or exact method for this program"
-            )
-            raise ValueError(
-                f"expected Bernoulli or OneHotCategorical latents for relax, got the {type(fn).__name__} site {name!r}; "
-                f"{remedy}"
-            )
-        return fn
-
-    def _temperature(self, fn: Any) -> Tensor:
-        return self.temperature.to(fn.logits)
+            family = RelaxedBernoulli
+        elif isinstance(fn, torch.distributions.OneHotCategorical):
+            family = RelaxedOneHotCategorical
+        elif isinstance(fn, (RelaxedBernoulli, RelaxedOneHotCategorical)):
+            return fn
+        else:
+            refuse_other_discrete(name, fn, "relax")
+            return fn
+        return family(
+            self.temperature, logits=fn.logits, straight_through=self.straight_through, validate_args=fn._validate_args
+        )
 
 
 def _discrete(_: str, fn: Any) -> Any:
@@ -217,22 +211,3 @@ def _discrete(_: str, fn: Any) -> Any:
     if isinstance(fn, torch.distributions.RelaxedOneHotCategorical):
         return dist.OneHotCategorical(logits=fn.logits)
     return fn
-
-
-def _is_discrete(fn: Any) -> bool:
-    try:
-        return bool(fn.support.is_discrete)
-    except (AttributeError, NotImplementedError):
-        return False
-
-
-def _open_uniform(shape: torch.Size, like: Tensor) -> Tensor:
-    """Uniform values in (0, 1), away from both ends."""
-    limits = torch.finfo(like.dtype)
-    return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(limits.eps, 1 - limits.eps)
-
-
-def _bounds(dtype: torch.dtype) -> tuple[float, float]:
-    """Smallest and largest relaxed value: logs and reciprocals of them are finite, and so are sums of reciprocals."""
-    limits = torch.finfo(dtype)
-    return limits.tiny / limits.eps, 1 - limits.eps

@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.handlers.own_params import own_params
+from pyrovae.handlers.rewrite import innermost, is_discrete
 from pyrovae.ops import isolated_rng
 
 Kind = Literal["bit", "integer", "one_hot", "real", "relaxed_bit", "relaxed_one_hot", "other"]
+Measure = Literal["density", "mass", "point", "quantized"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Latent:
     low: int
     dtype: torch.dtype
     device: torch.device
+    measure: Measure = "density"
 
     @property
     def finite(self) -> bool:
@@ -447,7 +450,7 @@ def _explain_support(site: Site, fn: Any) -> None:
         got = f"{value.numel() - number.numel()} NaN; mask missing values (poutine.mask) or drop these rows"
     else:
         got = f"values from {float(number.min()):g} to {float(number.max()):g}"
-    family = type(_innermost(fn)).__name__
+    family = type(innermost(fn)).__name__
     if _base_support(fn.support) is constraints.boolean:
         hint = "" if "NaN" in got else "; scale to [0, 1] and binarize, see pyrovae.data.binarize"
         raise ValueError(f"expected {site.name} in {{0, 1}} for a {family} likelihood, got {got}{hint}")
@@ -469,17 +472,19 @@ def _describe(site: Site) -> Latent:
         low=low,
         dtype=site.value.dtype,
         device=site.value.device,
+        measure=_measure(fn),
     )
 
 
 def _classify(fn: Any) -> tuple[Kind, int, int]:
     """Kind, cardinality and lowest value of a latent's support."""
     support = _base_support(fn.support)
-    family = _innermost(fn)
-    if isinstance(family, torch.distributions.RelaxedBernoulli):
-        return "relaxed_bit", 1, 0
-    if isinstance(family, torch.distributions.RelaxedOneHotCategorical):
-        return "relaxed_one_hot", fn.event_shape[-1], 0
+    family = innermost(fn)
+    if not getattr(family, "straight_through", False):  # ours are discrete where straight-through
+        if isinstance(family, torch.distributions.RelaxedBernoulli):
+            return "relaxed_bit", 1, 0
+        if isinstance(family, torch.distributions.RelaxedOneHotCategorical):
+            return "relaxed_one_hot", fn.event_shape[-1], 0
     if support is constraints.boolean:
         return "bit", 2, 0
     if isinstance(support, type(constraints.one_hot)):
@@ -493,16 +498,19 @@ def _classify(fn: Any) -> tuple[Kind, int, int]:
     return "other", 1, 0
 
 
+def _measure(fn: Any) -> Measure:
+    family = innermost(fn)
+    if isinstance(family, dist.Delta):
+        return "point"
+    if isinstance(family, (dist.RelaxedBernoulliStraightThrough, dist.RelaxedOneHotCategoricalStraightThrough)):
+        return "quantized"
+    return "mass" if is_discrete(family) else "density"
+
+
 def _base_support(support: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
-
-
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.TransformedDistribution):
-        fn = fn.base_dist
-    return fn
 
 
 def unmask(fn: Any) -> tuple[Any, Any, Any]:

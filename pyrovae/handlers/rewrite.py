@@ -1,0 +1,140 @@
+"""Programs that run with some of their distributions replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyrovae.distributions.relaxed import check_temperature
+
+
+class Rule(Protocol):
+    """How a program is rewritten: a new handler for every run."""
+
+    def handler(self) -> Messenger:
+        """The handler of one run."""
+
+
+class RewrittenProgram:
+    """A program whose latent sites are rewritten at every run; the original is in `program`."""
+
+    def __init__(self, program: Callable[..., Any], rule: Rule) -> None:
+        self.program = program
+        self.rule = rule
+
+    @property
+    def temperature(self) -> Any:
+        """The temperature of a relaxation or surrogate, as it was given (a number as a 0-d tensor); None of other rules."""
+        return getattr(self.rule, "temperature", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program, rewritten."""
+        with self.rule.handler():
+            return self.program(*args, **kwargs)
+
+
+class Rewrite(Messenger):
+    """Replaces the distribution of every latent site by `change(name, fn)`."""
+
+    def __init__(self, change: Callable[[str, Any], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        # A replayed value is already there, but `fn` still scores it: no early return on msg["done"].
+        if is_latent(msg):
+            msg["fn"] = rewrap(msg["fn"], lambda fn: self.change(msg["name"], fn))
+
+
+def is_latent(msg: dict[str, Any]) -> bool:
+    """Whether a message is a sample statement that is not observed, and no plate's draw of its rows."""
+    return not msg["is_observed"] and type(msg["fn"]).__name__ != "_Subsample"
+
+
+def innermost(fn: Any) -> Any:
+    """The distribution inside `.to_event`, `.mask` and `.expand`."""
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution, _EXPANDED)):
+        fn = fn.base_dist
+    return fn
+
+
+def rewrap(fn: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply `change` to the innermost distribution and put `.to_event`, `.mask` and `.expand` back around it."""
+    if isinstance(fn, torch.distributions.Independent):
+        base = rewrap(fn.base_dist, change)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        base = rewrap(fn.base_dist, change)
+        return fn if base is fn.base_dist else base.mask(fn._mask)
+    if isinstance(fn, _EXPANDED):
+        base = rewrap(fn.base_dist, change)
+        return fn if base is fn.base_dist else base.expand(fn.batch_shape)
+    return change(fn)
+
+
+def refuse_other_discrete(name: str, fn: Any, method: str) -> None:
+    """Refuse a discrete latent that is neither Bernoulli nor OneHotCategorical.
+
+    Raises:
+        ValueError: with the rewrite of the site.
+    """
+    if not is_discrete(fn):
+        return
+    remedy = (
+        "write the site as dist.OneHotCategorical and index with `z @ table` instead of `table[z]`"
+        if isinstance(fn, torch.distributions.Categorical)
+        else "use a score-function or exact method for this program"
+    )
+    raise ValueError(
+        f"expected Bernoulli or OneHotCategorical latents for {method}, got the {type(fn).__name__} site {name!r}; {remedy}"
+    )
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution is one of masses."""
+    try:
+        return bool(fn.support.is_discrete)
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def as_temperature(temperature: Any) -> Any:
+    """A number as a 0-d tensor; a 0-d tensor and a function as they are.
+
+    Raises:
+        ValueError: if the temperature is not positive and finite, or has dims.
+    """
+    if callable(temperature) and not isinstance(temperature, Tensor):
+        return temperature
+    if isinstance(temperature, Tensor):
+        _check_scalar(temperature)
+    check_temperature(temperature)
+    return temperature if isinstance(temperature, Tensor) else torch.tensor(float(temperature))
+
+
+def read_temperature(temperature: Any) -> Tensor:
+    """The temperature of one run, as a 0-d tensor."""
+    if isinstance(temperature, Tensor):
+        return temperature
+    value = temperature()
+    if isinstance(value, Tensor):
+        _check_scalar(value)
+        return value
+    check_temperature(value)
+    return torch.tensor(float(value))
+
+
+def _check_scalar(temperature: Tensor) -> None:
+    if temperature.dim():
+        raise ValueError(
+            "expected a positive, finite temperature (a float, a 0-d tensor or a function that returns one), got a tensor of "
+            f"shape {tuple(temperature.shape)}; for one temperature a site, write the sites relaxed"
+        )
+
+
+_EXPANDED = dist.torch_distribution.ExpandedDistribution
