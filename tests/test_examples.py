@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 from pyrovae.inference import EM, Exact, Gibbs
 from pyrovae.models import toy
 
 ROOT = Path(__file__).parent.parent
-STEPS = {"know_your_error": 300, "nuts_on_your_program": 60, "our_guide_in_stock_svi": 60}
+STEPS = {
+    "bayes_rule_digits": 60,
+    "forward_and_reverse_kl": 100,
+    "gumbel_softmax_temperature": 1000,
+    "hyperprior": 40,
+    "know_your_error": 300,
+    "nuts_on_your_program": 60,
+    "our_guide_in_stock_svi": 60,
+}
 
 
 @pytest.fixture
@@ -26,10 +35,22 @@ def single():
 
 @pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
-def test_example(path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(path), "--steps", str(STEPS[path.stem])])
+def test_example(path, monkeypatch, capsys, tmp_path):
+    """It runs to its own checks, leaves nothing behind in the working directory, and draws its picture where it is told."""
+    draws = "--output" in path.read_text(encoding="utf-8")
+    picture = tmp_path / "pictures" / "picture.png"
+    picture.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", [str(path), "--steps", str(STEPS[path.stem]), *(["--output", str(picture)] if draws else [])]
+    )
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [picture.parent]
+    if draws:
+        image = imread(picture)  # [height, width, channels]
+        assert min(image.shape[:2]) > 500
+        assert 0.02 < (image[..., :3].min(-1) < 0.9).mean() < 0.9, "ink on a light ground"
 
 
 def blocks():
