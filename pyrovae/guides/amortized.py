@@ -69,7 +69,7 @@ class AmortizedMeanField(MeanField):
         args = example_of(model, example, "AmortizedMeanField")
         super().__init__(model, read_pilot(model, args, "AmortizedMeanField", None))
         self._given = frozenset(latent.name for latent in self._pilot.latents)  # until the encoder is known
-        tensors = _tensors(args)
+        tensors = tensors_of(args)
         self._example_shapes = _event_shapes(tensors, len(self._pilot.batch))
         if encoder is None and self._pilot.local:
             encoder = _default_encoder(model, self._pilot, tensors)
@@ -82,7 +82,7 @@ class AmortizedMeanField(MeanField):
 
     def _unconstrained(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
         stored = self._stored(self.free, lambda name: name not in self._given)
-        return stored | (self._encode(_tensors(args)) if self._given else {})
+        return stored | (self._encode(tensors_of(args)) if self._given else {})
 
     def _rows(self, latent: Latent, parameters: Tensor, frames: Mapping[int, Any], indices: Mapping[str, Tensor]) -> Tensor:
         if latent.name in self._given:
@@ -100,8 +100,8 @@ class AmortizedMeanField(MeanField):
             return frozenset()
         run = own_params(encoder)
         try:
-            with poutine.block(), isolated_rng(), torch.no_grad(), _evaluating(encoder):
-                output = run(*_taken(encoder, tensors))
+            with poutine.block(), isolated_rng(), torch.no_grad(), evaluating(encoder):
+                output = run(*taken(encoder, tensors))
         except Exception as error:
             if strict:
                 _explain_width(error, self._example_shapes)
@@ -115,7 +115,7 @@ class AmortizedMeanField(MeanField):
         if not tensors:
             raise ValueError("expected data for the encoder as the program's first argument, got none; pass the data")
         try:
-            output = encoder(*_taken(encoder, tensors))
+            output = encoder(*taken(encoder, tensors))
         except RuntimeError as error:
             shapes = _event_shapes(tensors, len(self._pilot.batch))
             if shapes == self._example_shapes:
@@ -156,16 +156,6 @@ class AmortizedMeanField(MeanField):
                 f"expected an encoder with {total} outputs ({parts}), got {got}; a bit takes 1, a category K, a Normal "
                 "component 2"
             )
-
-    def _place(self, value: Tensor) -> Tensor:
-        """Put leading dims that are the batch's where the batch's plates are."""
-        batch, depth = self._pilot.batch, self._pilot.plate_depth
-        if value.dim() - 1 != len(batch) or len(batch) == depth:
-            return value
-        wide = [1] * depth
-        for size, plate in zip(value.shape[:-1], batch, strict=True):
-            wide[plate.dim] = size
-        return value.reshape((*wide, value.shape[-1]))
 
 
 class _Perceptron(nn.Module):
@@ -229,7 +219,8 @@ def _wide(depth: int, sizes: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(sizes.get(dim, 1) for dim in range(-depth, 0))
 
 
-def _tensors(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def tensors_of(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The data among positional arguments."""
     return tuple(argument for argument in args if isinstance(argument, Tensor))
 
 
@@ -237,7 +228,7 @@ def _event_shapes(tensors: tuple[Tensor, ...], batch_dims: int) -> list[list[int
     return [list(tensor.shape[batch_dims:]) for tensor in tensors]
 
 
-def _taken(encoder: Callable[..., Any], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def taken(encoder: Callable[..., Any], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """As many data tensors as the encoder takes."""
     try:
         parameters = inspect.signature(encoder.forward if isinstance(encoder, nn.Module) else encoder).parameters.values()
@@ -249,7 +240,7 @@ def _taken(encoder: Callable[..., Any], tensors: tuple[Tensor, ...]) -> tuple[Te
 
 
 @contextlib.contextmanager
-def _evaluating(encoder: Any) -> Iterator[None]:
+def evaluating(encoder: Any) -> Iterator[None]:
     """Run modules in evaluation mode, and put their modes back."""
     modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
     training = [module.training for module in modules]

@@ -62,6 +62,16 @@ class MeanField(Module):
         """Take the rows that the plates `frames` (by dim) of a site see; `indices` are those of the plates by name."""
         raise NotImplementedError
 
+    def _place(self, value: Tensor) -> Tensor:
+        """Put leading dims that are the batch's where the batch's plates are."""
+        batch, depth = self._pilot.batch, self._pilot.plate_depth
+        if value.dim() - 1 != len(batch) or len(batch) == depth:
+            return value
+        wide = [1] * depth
+        for size, plate in zip(value.shape[:-1], batch, strict=True):
+            wide[plate.dim] = size
+        return value.reshape((*wide, value.shape[-1]))
+
     def _observe(self, args: tuple[Any, ...], observations: Mapping[str, Tensor]) -> tuple[Any, ...]:
         given = {i: observations[name] for name, i in self._pilot.data if name in observations}
         if not given:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.guides.factor import factor
 from pyrovae.handlers import own_params
 from pyrovae.handlers.structure import Latent, is_subsample
+from pyrovae.ops import isolated_rng
 
 Rows = Callable[[Latent, Mapping[int, Any], Mapping[str, Tensor]], Tensor]
 
@@ -48,21 +51,45 @@ def walk(
     return handler.values
 
 
+@dataclass(frozen=True)
+class Met:
+    """A latent as a run of the model met it: its prior, its plates from the outermost in, its scale and mask."""
+
+    prior: Any
+    frames: tuple[Any, ...]
+    scale: Any
+    mask: Any
+
+
+def meet(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], latents: Iterable[Latent]
+) -> tuple[dict[str, Met], dict[str, Tensor]]:
+    """Run a model up to its last latent, seen by nobody and without a trace in the caller's random state.
+
+    Returns:
+        The latents by name, and the rows of the plates that the program itself gave, not drew, by plate.
+    """
+    handler = _Meeting(latents)
+    try:
+        with poutine.block(), isolated_rng(), torch.no_grad(), handler:
+            own_params(model)(*args, **kwargs)
+    except _LastSiteReached:
+        pass
+    return handler.met, handler.given
+
+
 class _LastSiteReached(Exception):
     """Every latent has its value."""
 
 
-class _Walk(Messenger):
-    """Puts factors where a model has priors, hides all else, and leaves after the last latent."""
+class _Meeting(Messenger):
+    """Takes down a model's latents, and leaves after the last."""
 
-    def __init__(self, latents: Iterable[Latent], rows: Rows) -> None:
+    def __init__(self, latents: Iterable[Latent]) -> None:
         super().__init__()
-        self.rows = rows
-        self.latents = {latent.name: latent for latent in latents}
-        self.waiting = set(self.latents)
-        self.indices: dict[str, Tensor] = {}
-        self.values: dict[str, Tensor] = {}
-        self.grad = torch.is_grad_enabled()
+        self.waiting = {latent.name for latent in latents}
+        self.met: dict[str, Met] = {}
+        self.given: dict[str, Tensor] = {}
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         """Answer without the store where it does not know the name; outer handlers do not see the model's parameters."""
@@ -73,6 +100,29 @@ class _Walk(Messenger):
         value = (initial() if callable(initial) else initial).detach()
         value.unconstrained = weakref.ref(value)
         msg["value"], msg["done"] = value, True
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if is_subsample(msg) and msg["value"] is not None:
+            self.given[msg["name"]] = torch.as_tensor(msg["value"])
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.waiting and not msg["is_observed"]:
+            self.met[msg["name"]] = Met(msg["fn"], msg["cond_indep_stack"], msg["scale"], msg["mask"])
+        self.waiting.discard(msg["name"])
+        if not self.waiting:
+            raise _LastSiteReached
+
+
+class _Walk(_Meeting):
+    """Puts factors where a model has priors, hides all else, and leaves after the last latent."""
+
+    def __init__(self, latents: Iterable[Latent], rows: Rows) -> None:
+        super().__init__(latents := tuple(latents))
+        self.rows = rows
+        self.latents = {latent.name: latent for latent in latents}
+        self.indices: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
+        self.grad = torch.is_grad_enabled()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if is_subsample(msg):

@@ -124,7 +124,7 @@ def site_factor(site: Site, ndim: int, *, plain: bool = False) -> Factor:
         factor.bilinear = family
     else:
         eta, statistic, log_normalizer, log_base = family
-        factor.dense = (eta * statistic).sum(-1) - log_normalizer + log_base
+        factor.dense = ((eta * statistic).sum(-1) - log_normalizer + log_base).to(factor.dtype)
     return factor
 
 
