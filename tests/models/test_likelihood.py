@@ -7,11 +7,11 @@ import pickle
 import pyro.distributions as dist
 import pytest
 import torch
+from stats import frequencies_agree
 from torch.nn.functional import softplus
 
 from pyrovae.distributions import CrossEntropy, GreyLevels
 from pyrovae.models.likelihood import make_likelihood
-from stats import frequencies_agree
 
 
 def pixels(name, **kwargs):

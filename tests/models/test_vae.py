@@ -134,7 +134,7 @@ def test_evidence_by_enumeration(model, states):
     assert not torch.allclose(Exact().infer(model, X).log_evidence, torch.stack(rows))
     with torch.no_grad():
         model.beta.fill_(0.5)
-    with pytest.raises(ValueError, match="expected one poutine.scale"):  # a weighted KL has no evidence
+    with pytest.raises(ValueError, match="expected one poutine"):  # a weighted KL has no evidence
         Exact().infer(model, X)
 
 
@@ -162,7 +162,7 @@ def test_a_class_can_be_summed_over():
 
     loss = TraceEnum_ELBO(max_plate_nesting=1).loss(config_enumerate(model), guide, X)
     by_class = [log_joint(model, X, y=row.expand(3, 3), z=z) for row in torch.eye(3)]
-    assert loss == pytest.approx(-float(torch.stack(by_class).logsumexp(0).sum()))
+    assert loss == pytest.approx(-torch.stack(by_class).logsumexp(0).sum().item())
 
 
 LITERATURE = {
@@ -242,7 +242,7 @@ def test_a_larger_beta_is_a_looser_bound():
         expected[beta] = (log_q.exp() * (log_p - prior + beta * (prior - log_q))).sum(0)
         elbo = TraceEnum_ELBO(max_plate_nesting=1)
         loss = elbo.loss(model, config_enumerate(guide_by_components(guide)), X)
-        assert loss == pytest.approx(-float(expected[beta].sum()))
+        assert loss == pytest.approx(-expected[beta].sum().item())
     assert bool((expected[4.0] < expected[1.0]).all())
     assert bool((expected[1.0] <= evidence).all())
     assert bool((expected[0.0] > expected[1.0]).all())
@@ -266,9 +266,9 @@ def test_the_learned_scale_is_trained_by_stock_svi():
     model = GaussianVAE(4, 2, (5,), likelihood="normal_learned", scale=2.0)
     guide = AmortizedMeanField(model)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
-    for _ in range(20):
+    for _ in range(12):
         svi.step(X)
-    assert float(model.likelihood.log_variance) < 2 * math.log(2.0) - 0.5
+    assert model.likelihood.log_variance.item() < 2 * math.log(2.0) - 0.5
 
 
 def test_defaults_are_those_of_the_literature():
