@@ -3,6 +3,7 @@
 from pyrovae.models.autoencoder import AutoEncoder
 from pyrovae.models.bernoulli_vae import BernoulliVAE
 from pyrovae.models.categorical_vae import CategoricalVAE
+from pyrovae.models.draw import DRAW
 from pyrovae.models.gaussian_vae import GaussianVAE
 from pyrovae.models.hierarchical_vae import HierarchicalVAE
 from pyrovae.models.mixed_vae import MixedVAE
@@ -12,6 +13,7 @@ __all__ = [
     "AutoEncoder",
     "BernoulliVAE",
     "CategoricalVAE",
+    "DRAW",
     "GaussianVAE",
     "HierarchicalVAE",
     "MixedVAE",
