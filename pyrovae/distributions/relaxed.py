@@ -114,7 +114,46 @@ class RelaxedOneHotCategorical(_Relaxed, dist.RelaxedOneHotCategorical):
     """The Gumbel-Softmax (Concrete) relaxation of a OneHotCategorical.
 
     A draw is softmax((logits + G) / temperature) with Gumbel noise G: a point of the open simplex whose argmax has the law
-    of the category at every temperature.
+    of the category at every temperature. With `straight_through=True` a draw is the one-hot vector of that argmax, with the
+    gradient of the soft point, and its log probability is Σ_k v_k log π_k, differentiable in v.
+
+    What is a bound on what, model and guide being of the same kind: soft values under `Trace_ELBO` bound the evidence of the
+    *relaxed* model (Maddison et al.); soft values with the KL of `TraceMeanField_ELBO`, which is that of the categories (Jang
+    et al.), bound nothing; straight-through values give the true discrete bound under either, with a biased gradient.
+
+    Soft values are clamped to at least tiny/eps of their dtype (1e-31 in float32, 1e-292 in float64), where the gradient of
+    the value is 0; log densities are then finite at every temperature and exact where no value is clamped. With logits from
+    N(0, 1), values clamped in float32 are: none of 10 to 1000 categories at temperature 0.3; at 0.2 a row in 10 000 has one
+    with 10 categories, one in 50 with 1000; at 0.1, 2% of the values with 10 categories and 57% with 1000; at 0.05, 32% and
+    97%. A clamped value has lost what log q − log p would tell of it: the relaxed KL of 10 categories to the uniform, 3.73 at
+    every temperature shared with the prior, is estimated as 3.49 at 0.1 and as 0.53 at 0.05. Below 0.2, take float64 (a row
+    in 10 has a clamped value at 0.02 with 1000 categories), straight-through values or `TraceMeanField_ELBO`.
+
+    Cost: three quarters of Pyro's own.
+
+    Args:
+        temperature: positive; a number, a 0-d tensor, or a batch of them `[*batch_shape]`, also with the event dim kept
+            (`[*batch_shape, 1]` beside logits of as many dims).
+        probs: probabilities `[*batch_shape, K]`, summing to 1.
+        logits: log probabilities up to a constant, `[*batch_shape, K]`; give this or `probs`.
+        straight_through: draw one-hot values.
+        validate_args: check parameters and values; None follows Pyro's setting.
+
+    Raises:
+        ValueError: for a temperature that is not positive and finite; for infinite or NaN logits, and probabilities that do
+            not sum to 1; when scoring, for one-hot values of a soft instance and soft values of a straight-through one.
+            A number as the temperature is always checked, the rest where validation is on.
+
+    Example:
+        >>> q = RelaxedOneHotCategorical(0.5, logits=torch.zeros(4, 3), straight_through=True)
+        >>> q.log_prob(q.sample()).exp()
+        tensor([0.3333, 0.3333, 0.3333, 0.3333])
+
+    References:
+        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017)
+        https://arxiv.org/abs/1611.01144
+        The Concrete Distribution: A Continuous Relaxation of Discrete Random Variables (Maddison, Mnih, Teh, 2017)
+        https://arxiv.org/abs/1611.00712
     """
 
     _torch_base = ExpRelaxedCategorical
@@ -151,13 +190,13 @@ class RelaxedOneHotCategorical(_Relaxed, dist.RelaxedOneHotCategorical):
     def logits(self) -> Tensor:
         """Normalised log probabilities of the categories, `[*batch_shape, K]`."""
         if "_normalized" not in self.__dict__:
-            self._normalized = torch.log_softmax(self._logits, -1)
+            self._normalized = self._logits - self._logits.logsumexp(-1, keepdim=True)
         return self._normalized
 
     @property
     def probs(self) -> Tensor:
         """Probabilities of the categories, `[*batch_shape, K]`."""
-        return torch.softmax(self._logits, -1)
+        return self.logits.exp()
 
     @property
     def mean(self) -> Tensor:
@@ -168,13 +207,12 @@ class RelaxedOneHotCategorical(_Relaxed, dist.RelaxedOneHotCategorical):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Values `[*sample_shape, *batch_shape, K]`, with their pathwise or straight-through gradient."""
-        shape = self._extended_shape(Size(sample_shape))
-        noise = torch.empty(shape, dtype=self._logits.dtype, device=self._logits.device).exponential_()
-        score = (self._logits - noise.log_()) / self._event_temperature
-        soft = torch.softmax(score, -1)
+        u = open_uniform(self._extended_shape(Size(sample_shape)), self._logits)
+        score = (self._logits - u.log_().neg_().log_()) / self._event_temperature  # logits plus Gumbel noise
+        soft = softmax(score)
         if not self.straight_through:
             return soft.clamp_min(lowest(soft.dtype))
-        hard = torch.zeros_like(soft).scatter_(-1, score.argmax(-1, keepdim=True), 1.0)
+        hard = torch.zeros_like(soft).scatter_(-1, score.detach().argmax(-1, keepdim=True), 1.0)
         return hard + (soft - soft.detach())
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -185,8 +223,10 @@ class RelaxedOneHotCategorical(_Relaxed, dist.RelaxedOneHotCategorical):
             return (value * self.logits).sum(-1)
         k = self._event_shape[-1]
         log_v = value.clamp_min(lowest(value.dtype)).log()
-        score = torch.log_softmax(self._logits - self._event_temperature * log_v, -1)
-        return (score - log_v).sum(-1) + ((k - 1) * self._temperature.log() + math.lgamma(k))
+        score = self._logits - self._event_temperature * log_v
+        return (score - score.logsumexp(-1, keepdim=True) - log_v).sum(-1) + (
+            (k - 1) * self._temperature.log() + math.lgamma(k)
+        )
 
     @property
     def _event_temperature(self) -> Tensor:
@@ -198,7 +238,34 @@ class RelaxedOneHotCategorical(_Relaxed, dist.RelaxedOneHotCategorical):
 
 
 class RelaxedBernoulli(_Relaxed, dist.RelaxedBernoulli):
-    """The relaxation of a Bernoulli: sigmoid((logits + L) / temperature) with logistic noise L."""
+    """The relaxation of a Bernoulli: sigmoid((logits + L) / temperature) with logistic noise L.
+
+    The case of two categories; bounds, `straight_through` and cost as in :class:`RelaxedOneHotCategorical`, with the log
+    probability v · logits − softplus(logits) of straight-through values.
+
+    Soft values are clamped to [tiny/eps, 1 − eps] of their dtype (eps is 1.2e-7 in float32, 2.2e-16 in float64), where the
+    gradient of the value is 0: the density is exact within, and finite at the ends. With logits from N(0, 4²), 4% of the
+    values are clamped at the upper end in float32 at temperature 0.5, 14% at 0.3, 36% at 0.1; in float64 none, 1% and 21%.
+
+    Args:
+        temperature: positive; a number, or a tensor that broadcasts with the batch.
+        probs: probabilities of a 1, `[*batch_shape]`.
+        logits: log odds of a 1, `[*batch_shape]`; give this or `probs`.
+        straight_through: draw values in {0, 1}.
+        validate_args: check parameters and values; None follows Pyro's setting.
+
+    Raises:
+        ValueError: as for :class:`RelaxedOneHotCategorical`.
+
+    Example:
+        >>> z = RelaxedBernoulli(0.5, logits=torch.zeros(3)).sample()
+        >>> bool(((0 < z) & (z < 1)).all())
+        True
+
+    References:
+        The Concrete Distribution: A Continuous Relaxation of Discrete Random Variables (Maddison, Mnih, Teh, 2017)
+        https://arxiv.org/abs/1611.00712
+    """
 
     _torch_base = LogitRelaxedBernoulli
     _hard_name = "0-or-1"
@@ -247,13 +314,11 @@ class RelaxedBernoulli(_Relaxed, dist.RelaxedBernoulli):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Values `[*sample_shape, *batch_shape]`, with their pathwise or straight-through gradient."""
-        shape = self._extended_shape(Size(sample_shape))
-        limits = torch.finfo(self._logits.dtype)
-        u = torch.rand(shape, dtype=self._logits.dtype, device=self._logits.device).clamp_(limits.eps, 1 - limits.eps)
+        u = open_uniform(self._extended_shape(Size(sample_shape)), self._logits)
         score = (self._logits + torch.logit(u)) / self._temperature
         soft = torch.sigmoid(score)
         if not self.straight_through:
-            return soft.clamp(lowest(soft.dtype), 1 - limits.eps)
+            return soft.clamp(lowest(soft.dtype), 1 - torch.finfo(soft.dtype).eps)
         return (score > 0).to(soft.dtype) + (soft - soft.detach())
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -273,6 +338,18 @@ class RelaxedBernoulli(_Relaxed, dist.RelaxedBernoulli):
 
 
 _EXACT = 40.0  # torch's default cut-off of softplus, 20, is off by 2e-9
+
+
+def open_uniform(shape: Size, like: Tensor) -> Tensor:
+    """Uniform values in (0, 1), away from both ends."""
+    eps = torch.finfo(like.dtype).eps
+    return torch.rand(shape, dtype=like.dtype, device=like.device).clamp_(eps, 1 - eps)
+
+
+def softmax(score: Tensor) -> Tensor:
+    """The softmax in steps that vectorise over all dims: torch's is five times slower for a handful of categories."""
+    e = (score - score.detach().amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
 
 
 def lowest(dtype: torch.dtype) -> float:

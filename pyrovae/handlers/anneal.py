@@ -55,10 +55,12 @@ class _Weight:
         self.beta = beta
 
     def handler(self) -> Messenger:
-        return _ScaleLatents(self.beta)
+        return ScaleLatents(self.beta)
 
 
-class _ScaleLatents(Messenger):
+class ScaleLatents(Messenger):
+    """Multiplies the log probabilities of latents, as `poutine.scale` does those of all sites; 0 is allowed."""
+
     def __init__(self, beta: float | Tensor) -> None:
         super().__init__()
         self.beta = beta

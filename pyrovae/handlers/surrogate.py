@@ -60,7 +60,8 @@ def surrogate(
         https://arxiv.org/abs/1308.3432
     """
     check_estimator(estimator)
-    return RewrittenProgram(program, _Surrogates(estimator, as_temperature(temperature)))
+    checked = as_temperature(temperature)
+    return RewrittenProgram(program, _Surrogates(estimator, temperature if isinstance(temperature, int | float) else checked))
 
 
 class _Surrogates:
@@ -68,11 +69,12 @@ class _Surrogates:
         self.estimator, self.temperature = estimator, temperature
 
     def handler(self) -> Messenger:
-        return Rewrite(_Change(self.estimator, read_temperature(self.temperature)))
+        t = self.temperature
+        return Rewrite(_Change(self.estimator, t if isinstance(t, int | float) else read_temperature(t)))
 
 
 class _Change:
-    def __init__(self, estimator: Estimator, temperature: Tensor) -> None:
+    def __init__(self, estimator: Estimator, temperature: float | Tensor) -> None:
         self.estimator, self.temperature = estimator, temperature
 
     def __call__(self, name: str, fn: Any) -> Any:

@@ -1,4 +1,4 @@
-"""relax and discretize against torch's formulas, finite differences and the discrete program."""
+"""relax, discretize and RelaxReparam against finite differences, the discrete program and objectives by hand."""
 
 import copy
 import math
@@ -9,17 +9,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
-from scipy import stats
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
+from torch.distributions import constraints, kl_divergence
 
 from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
 from pyrovae.guides import AmortizedMeanField, LocalMeanField
-from pyrovae.handlers import discretize, own_params, relax
+from pyrovae.handlers import RelaxReparam, discretize, own_params, relax
 from pyrovae.inference import Exact
 from pyrovae.models import SigmoidBeliefNet, toy
-
-FALSE_ALARM = 1e-5
 
 
 class Mixed:
@@ -48,84 +46,6 @@ def sites(program, *args):
 
 def data(rows=5):
     return torch.bernoulli(torch.full((rows, 4), 0.5))
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.2])
-def test_log_densities_are_torchs(temperature):
-    """In float64 at temperatures where torch's own formulas hold."""
-    t = torch.tensor(temperature)
-    logits = torch.randn(7, 5)
-    for ours, stock in (
-        (RelaxedBernoulli, torch.distributions.RelaxedBernoulli),
-        (RelaxedOneHotCategorical, torch.distributions.RelaxedOneHotCategorical),
-    ):
-        q, oracle = ours(t, logits=logits), stock(t, logits=logits)
-        value = oracle.sample((50,))
-        finite = torch.isfinite(oracle.log_prob(value))
-        if ours is RelaxedBernoulli:
-            finite &= torch.logit(value).abs() < 20  # beyond, torch's softplus is cut off
-        assert float(finite.double().mean()) > 0.9
-        assert torch.allclose(q.log_prob(value)[finite], oracle.log_prob(value)[finite], rtol=1e-10, atol=1e-10)
-        assert not torch.allclose(ours(1.1 * t, logits=logits).log_prob(value)[finite], oracle.log_prob(value)[finite])
-
-
-def test_densities_integrate_to_one():
-    """Quadrature over the interval, and over the simplex of three categories."""
-    t = torch.tensor(0.8)
-    nodes, weights = map(torch.as_tensor, __import__("numpy").polynomial.legendre.leggauss(400))
-    u = torch.sigmoid(12 * nodes)  # substitution that resolves both ends
-    du = 12 * u * (1 - u) * weights
-    p = RelaxedBernoulli(t, logits=torch.tensor(0.7)).log_prob(u).exp()
-    assert abs(float((p * du).sum()) - 1) < 1e-3
-    s = RelaxedOneHotCategorical(t, logits=torch.tensor([0.4, -0.2, 0.1]))
-    first, rest = u[:, None], (1 - u)[:, None]
-    value = torch.stack([first.expand(400, 400), rest * u, rest * (1 - u)], -1)
-    total = (s.log_prob(value).exp() * rest * du[:, None] * du).sum()
-    assert abs(float(total) - 1) < 1e-3
-
-
-def test_rounded_values_have_the_discrete_law():
-    """The Gumbel-max property: argmax of a relaxed category is an exact draw, at every temperature."""
-    n, logits = 20_000, torch.tensor([[1.0, -0.5, 0.2, 0.0], [0.0, 2.0, 0.3, -1.0]])
-    draws = RelaxedOneHotCategorical(torch.tensor(0.4), logits=logits).sample((n,)).argmax(-1)
-    p = torch.softmax(logits, -1)
-    counts = torch.nn.functional.one_hot(draws, 4).sum(0)
-    bits = torch.tensor([-2.0, 0.0, 0.7])
-    ones = (RelaxedBernoulli(torch.tensor(0.4), logits=bits).sample((n,)) > 0.5).sum(0)
-    k, q = torch.cat([counts.flatten(), ones]), torch.cat([p.flatten(), torch.sigmoid(bits)])
-
-    def smallest_tail(q):
-        return 2 * min(stats.binom.sf(k.numpy() - 1, n, q.numpy()).min(), stats.binom.cdf(k.numpy(), n, q.numpy()).min())
-
-    assert smallest_tail(q) > FALSE_ALARM / len(q)
-    assert smallest_tail(q.roll(1)) < FALSE_ALARM / len(q)
-
-
-@pytest.mark.parametrize("temperature", [0.1, 0.3, 1.0])
-def test_float32_values_score_finitely(temperature):
-    """50 categories: no row fails, where stock Pyro has rows that do at the lowest temperature."""
-    t = torch.tensor(temperature, dtype=torch.float32)
-    logits = torch.randn(4000, 50, dtype=torch.float32).requires_grad_()
-    for ours in (RelaxedBernoulli, RelaxedOneHotCategorical):
-        q = ours(t, logits=logits, validate_args=False)
-        value = q.rsample()
-        assert value.dtype == torch.float32
-        assert bool(((value > 0) & (value < 1)).all()) or ours is RelaxedOneHotCategorical
-        log_prob = q.log_prob(value)
-        prior = ours(t, logits=torch.zeros_like(logits), validate_args=False).log_prob(value)
-        (gradient,) = torch.autograd.grad((log_prob - prior).sum(), logits)
-        assert bool(torch.isfinite(log_prob).all() & torch.isfinite(prior).all() & torch.isfinite(gradient).all())
-    if temperature == 0.1:
-        stock = dist.RelaxedOneHotCategorical(t, logits=logits.detach(), validate_args=False)
-        assert not bool(torch.isfinite(stock.log_prob(stock.sample())).all())
-
-
-def test_values_at_the_ends_score_finitely():
-    t = torch.tensor(0.5)
-    for value in (torch.zeros(3), torch.ones(3)):
-        assert bool(torch.isfinite(RelaxedBernoulli(t, logits=torch.randn(3), validate_args=False).log_prob(value)).all())
-    one_hot = torch.eye(3)
-    assert bool(torch.isfinite(RelaxedOneHotCategorical(t, logits=torch.randn(3), validate_args=False).log_prob(one_hot)).all())
 
 
 def test_sites_keep_shapes_and_the_rest_is_untouched():
@@ -209,6 +129,7 @@ def test_discretize_undoes_relax():
 STOCK = {
     "soft": (dist.RelaxedBernoulli, dist.RelaxedOneHotCategorical),
     "straight-through": (dist.RelaxedBernoulliStraightThrough, dist.RelaxedOneHotCategoricalStraightThrough),
+    "ours": (RelaxedBernoulli, RelaxedOneHotCategorical),
 }
 
 
@@ -346,3 +267,204 @@ def test_copies_pickles_and_parameters():
     again = pickle.loads(pickle.dumps(p))
     assert float(again.temperature) == 0.5
     assert tuple(again(net.sample(2)).shape) == (2, 3)
+
+
+def hand_written(straight_through=None):
+    """A model with bits and categories in a plate of 5 rows, and its guide; relaxed sites written out where asked."""
+    b, c, a, d, w = torch.randn(2), torch.randn(3), torch.randn(5, 2), torch.randn(5, 3), torch.randn(5, 4)
+    x = data()
+
+    def bit(logits):
+        if straight_through is None:
+            return dist.Bernoulli(logits=logits)
+        return RelaxedBernoulli(0.6, logits=logits, straight_through=straight_through)
+
+    def category(logits):
+        if straight_through is None:
+            return dist.OneHotCategorical(logits=logits)
+        return RelaxedOneHotCategorical(0.6, logits=logits, straight_through=straight_through)
+
+    def model():
+        with pyro.plate("rows", 5, subsample=torch.tensor([0, 1, 4])) as rows:
+            h = pyro.sample("h", bit(b).to_event(1))
+            y = pyro.sample("y", category(c))
+            pyro.sample("x", dist.Bernoulli(logits=torch.cat([h, y], -1) @ w).to_event(1), obs=x[rows])
+
+    def guide():
+        h_logits, y_logits = pyro.param("a", a), pyro.param("d", d)
+        with pyro.plate("rows", 5, subsample=torch.tensor([0, 1, 4])) as rows:
+            pyro.sample("h", bit(h_logits[rows]).to_event(1))
+            pyro.sample("y", category(y_logits[rows]))
+
+    return model, guide
+
+
+REPARAM = {"h": 0.6, "y": 0.6}
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("objective", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("how", ["relax", "reparam"])
+def test_a_relaxed_program_is_the_one_written_relaxed(how, objective, particles, straight_through):
+    """Loss and gradients, at the same noise, in a subsampled plate and for vectorised particles."""
+
+    def relaxed(program):
+        if how == "relax":
+            return relax(program, 0.6, straight_through)
+        config = {name: RelaxReparam(t, straight_through) for name, t in REPARAM.items()}
+        return poutine.reparam(program, config=config)
+
+    found = []
+    for form in (None, straight_through):
+        torch.manual_seed(1)
+        model, guide = hand_written(form)
+        if form is None:
+            model, guide = relaxed(model), relaxed(guide)
+        elbo = objective(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
+        pyro.clear_param_store()
+        loss = elbo.loss_and_grads(model, guide)
+        store = pyro.get_param_store()
+        found.append((loss, *(store[name].grad for name in ("a", "d"))))
+        assert all(bool(g[[0, 1, 4]].abs().sum() > 0) for g in found[-1][1:])
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-13)
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.allclose(one, other, rtol=1e-11, atol=1e-13)
+
+
+def test_straight_through_is_the_true_discrete_bound():
+    """The loss of the discrete pair at the values drawn; the soft one is another number."""
+    model, guide = hand_written()
+    for straight_through in (True, False):
+        p, q = relax(model, 0.6, straight_through), relax(guide, 0.6, straight_through)
+        torch.manual_seed(2)
+        loss = Trace_ELBO().loss(p, q)
+        torch.manual_seed(2)
+        values = poutine.trace(q).get_trace()
+        if straight_through:
+            drawn = {name: values.nodes[name]["value"].detach() for name in ("h", "y")}
+        log_p = poutine.trace(poutine.condition(model, drawn)).get_trace().log_prob_sum()
+        log_q = poutine.trace(poutine.condition(guide, drawn)).get_trace().log_prob_sum()
+        assert (loss == pytest.approx(float(log_q - log_p), rel=1e-12)) is straight_through
+
+
+def test_straight_through_programs_are_finite():
+    """Exact enumeration takes a straight-through program as it is, and a factor guide keeps its kind and temperature."""
+
+    def plain(x):
+        with pyro.plate("rows", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.tensor([0.4, -1.0])).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=h @ torch.tensor([[1.0, -2.0], [0.5, 3.0]])).to_event(1), obs=x)
+
+    x = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    hard = relax(plain, 0.5, straight_through=True)
+    exact = Exact().infer(plain, x).log_evidence
+    assert torch.allclose(Exact().infer(hard, x).log_evidence, exact, rtol=0, atol=1e-12)
+    guide = AmortizedMeanField(hard, example=(x,))
+    site = sites(guide, x)["h"]["fn"].base_dist
+    assert isinstance(site, RelaxedBernoulli)
+    assert site.straight_through
+    assert float(site.temperature) == 0.5
+    assert math.isfinite(Trace_ELBO().loss(hard, guide, x))
+    soft = relax(plain, 0.5)
+    site = sites(AmortizedMeanField(soft, example=(x,)), x)["h"]["fn"].base_dist
+    assert (type(site), site.straight_through) == (RelaxedBernoulli, False)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_a_temperature_is_learned_by_stock_svi(straight_through):
+    """Through `pyro.param`, in the store, positive; and it moves."""
+    model, guide = hand_written()
+
+    def temperature():
+        return pyro.param("t", torch.tensor(0.5), constraint=constraints.positive)
+
+    p, q = relax(model, temperature, straight_through), relax(guide, temperature, straight_through)
+    svi = SVI(p, q, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    path = []
+    for _ in range(4):
+        assert math.isfinite(svi.step())
+        path.append(float(pyro.param("t")))
+    assert len(set(path)) == 4
+    assert min(path) > 0
+    assert set(pyro.get_param_store().keys()) == {"a", "d", "t"}
+
+
+def test_functions_of_bad_temperatures():
+    model, _ = hand_written()
+    for bad in (lambda: 0.0, lambda: torch.tensor(-1.0), lambda: torch.tensor([0.5, 0.5]), lambda: math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            relax(model, bad)()
+        with pytest.raises(ValueError, match="temperature"):
+            poutine.reparam(model, config={"h": RelaxReparam(bad)})()
+    with pytest.raises(ValueError, match="temperature"):
+        RelaxReparam(-1.0)
+
+
+def test_reparam_takes_single_sites_and_leaves_others():
+    model, _ = hand_written()
+    found = sites(poutine.reparam(model, config={"h": RelaxReparam(torch.tensor(0.3))}))
+    assert isinstance(found["h"]["fn"].base_dist, RelaxedBernoulli)
+    assert not found["h"]["is_observed"]
+    assert isinstance(found["y"]["fn"], dist.OneHotCategorical)
+    everything = sites(poutine.reparam(Mixed(), config=lambda msg: RelaxReparam(0.3)), data())
+    assert isinstance(everything["b"]["fn"].base_dist, RelaxedOneHotCategorical)
+    assert isinstance(everything["c"]["fn"], dist.Normal)
+    assert isinstance(everything["x"]["fn"].base_dist, dist.Bernoulli)
+    with pytest.raises(ValueError, match="OneHotCategorical"):
+        poutine.reparam(lambda: pyro.sample("k", dist.Categorical(torch.ones(3))), config={"k": RelaxReparam(0.3)})()
+
+
+def test_a_mass_met_by_a_density_is_refused():
+    """By the marks that relax leaves, which a replay carries, with validation off; by the values otherwise."""
+    model, guide = hand_written()
+    soft, hard = (lambda p: relax(p, 0.6)), (lambda p: relax(p, 0.6, True))
+    for p, q in ((soft(model), hard(guide)), (hard(model), soft(guide))):
+        for validate in (False, True):
+            with pyro.validation_enabled(validate), pytest.raises(ValueError, match="one relaxation of site"):
+                Trace_ELBO().loss(p, q)
+    with pytest.raises(ValueError, match="expected soft values"):
+        Trace_ELBO().loss(soft(model), guide)
+    with pytest.raises(ValueError, match="got soft ones"):
+        Trace_ELBO().loss(hard(model), hand_written(straight_through=False)[1])
+    for way in (soft, hard):
+        assert math.isfinite(Trace_ELBO().loss(way(model), way(guide)))
+    assert math.isfinite(Trace_ELBO().loss(hard(model), hand_written(straight_through=True)[1]))
+
+
+def test_the_callers_infer_is_left_alone():
+    mine = {"is_auxiliary": True}
+    fn = dist.Bernoulli(0.5)
+    trace = poutine.trace(relax(lambda: pyro.sample("z", fn, infer=mine), 0.5)).get_trace()
+    assert mine == {"is_auxiliary": True}
+    assert trace.nodes["z"]["infer"]["is_auxiliary"]
+    assert isinstance(fn, dist.Bernoulli)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_predictive_and_analytic_kl_of_our_models(straight_through):
+    net = SigmoidBeliefNet(4, [3, 2])
+    guide = AmortizedMeanField(net)
+    x = net.sample(6)
+    p, q = relax(net, 0.5, straight_through), relax(guide, 0.5, straight_through)
+    draws = Predictive(p, guide=q, num_samples=3, parallel=True)(x)
+    assert bool(((draws["h2"] == 0) | (draws["h2"] == 1)).all()) is straight_through
+    svi = SVI(p, q, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO(num_particles=2, vectorize_particles=True))
+    rows = torch.tensor([4, 0, 5])
+    assert math.isfinite(svi.step(x[rows], index=rows, num_data=6))
+    top = poutine.trace(p).get_trace(x).nodes["h2"]["fn"]
+    mine = poutine.trace(q).get_trace(x).nodes["h2"]["fn"]
+    assert torch.allclose(
+        kl_divergence(mine, top),
+        kl_divergence(
+            dist.Bernoulli(logits=mine.base_dist.logits),
+            dist.Bernoulli(logits=top.base_dist.logits.expand_as(mine.base_dist.logits)),
+        ).sum(-1),
+    )
+
+
+def test_discretize_undoes_straight_through():
+    model, x = Mixed(), data()
+    before, after = sites(model, x), sites(discretize(relax(model, 0.5, straight_through=True)), x)
+    for name in ("g", "a", "b"):
+        assert type(after[name]["fn"]) is type(before[name]["fn"])
