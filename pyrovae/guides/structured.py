@@ -16,6 +16,7 @@ from pyrovae.guides.factor import factor, width
 from pyrovae.guides.mean_field import MeanField, plate_sizes, stored_rows, taken_rows
 from pyrovae.guides.pilot import example_of, innermost_program, positional, read_pilot
 from pyrovae.guides.walk import Met, meet
+from pyrovae.handlers.anneal import ScaleLatents
 from pyrovae.handlers.structure import Latent
 from pyrovae.ops import isolated_rng
 
@@ -123,7 +124,7 @@ class AmortizedStructured(MeanField):
                 factor_of_plates = factor_of_plates * frame.full_size / frame.size
         with contextlib.ExitStack() as stack:
             if isinstance(met.scale, Tensor) or met.scale != factor_of_plates:
-                stack.enter_context(poutine.scale(scale=met.scale / factor_of_plates))
+                stack.enter_context(ScaleLatents(met.scale / factor_of_plates))
             if met.mask is not None:
                 stack.enter_context(poutine.mask(mask=met.mask))
             for frame in met.frames:

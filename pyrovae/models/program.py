@@ -7,11 +7,11 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyrovae.handlers import Module
+from pyrovae.handlers.anneal import ScaleLatents
 from pyrovae.models.likelihood import Likelihood, make_likelihood
 from pyrovae.models.nets import Activation, named_activation, perceptron, positive, reset, sizes_of
 
@@ -123,7 +123,7 @@ class VAE(Module):
         with data_plate(x, self.visible, batch_size=batch_size, index=index, num_data=num_data):
             if is_validation_enabled():
                 self._check(x)
-            with _Weight(self.beta):
+            with ScaleLatents(self.beta):
                 code = self._code()
             return pyro.sample("x", self.likelihood(self.decoder(code)), obs=x)
 
@@ -158,17 +158,6 @@ class VAE(Module):
         if not x.is_floating_point():
             raise ValueError(f"expected floating pixels, got {x.dtype}; convert, and divide bytes by 255")
         self.likelihood.check(x)
-
-
-class _Weight(Messenger):
-    """Multiplies the log probabilities of sample sites; as `poutine.scale`, with 0 allowed and no check of its own."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        msg["scale"] = self.weight * msg["scale"]
 
 
 def data_plate(x: Tensor | None, width: int, *, batch_size: int, index: Tensor | None, num_data: int | None) -> pyro.plate:
