@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from torch import nn
 
-from pyrovae.guides import AmortizedMeanField
+from pyrovae.guides import AmortizedMeanField, AmortizedStructured
 from pyrovae.inference import Exact
 from pyrovae.models import BernoulliVAE, CategoricalVAE, GaussianVAE, HierarchicalVAE, MixedVAE, toy
 
@@ -260,6 +260,22 @@ def guide_by_components(guide):
             pyro.sample("z", dist.Delta(one_hots(2, 3)[code]).to_event(2))
 
     return program
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_beta_in_a_structured_guide(beta):
+    model = enlarged(HierarchicalVAE(4, [("normal", 2), ("bernoulli", 3)], (5,)))
+    guide = AmortizedStructured(model)
+    t = poutine.trace(guide).get_trace(X)
+    t.compute_log_prob()
+    once = {name: t.nodes[name]["log_prob"] for name in ("h1", "h2")}
+    with torch.no_grad():
+        model.beta.fill_(beta)
+    again = poutine.trace(poutine.replay(guide, trace=t)).get_trace(X)
+    again.compute_log_prob()
+    for name, log_prob in once.items():
+        assert torch.allclose(again.nodes[name]["log_prob"], beta * log_prob)
+        assert bool((log_prob != 0).all())
 
 
 def test_the_learned_scale_is_trained_by_stock_svi():
