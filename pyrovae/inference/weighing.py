@@ -45,30 +45,6 @@ def weigh(log_joint: LogJoint, guide: Program, num_particles: int) -> tuple[Stat
     return states, torch.cat([part.log_weights for part in parts])
 
 
-def log_weights(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    num_particles: int,
-    *,
-    batch_size: int | None = None,
-) -> Tensor:
-    """Log weights `[K, batch]` as those of :func:`weigh`, a few rows at a time where the rows can be split.
-
-    Args:
-        model: a Pyro program.
-        guide: with the same arguments and latent sites.
-        args: their positional arguments, the data first.
-        kwargs: their keyword arguments.
-        num_particles: K.
-        batch_size: rows of one run; None takes as many as memory and speed ask for.
-    """
-    rows = split_rows(model, guide, args, kwargs, num_particles, batch_size)
-    joints = log_joints(model, rows)
-    return rows.join([torch.cat([part.log_weights for part in weighed(lj, guide, num_particles)]) for lj in joints], 1)
-
-
 @dataclass(frozen=True)
 class Drawn:
     """Draws from a guide: states, log q of each site, and the elements of each masked site that count.
