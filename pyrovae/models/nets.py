@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 Activation = str | type[nn.Module]
 
@@ -30,6 +30,20 @@ def perceptron(sizes: Sequence[int], activation: Activation = nn.ReLU) -> nn.Seq
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), between()]
     return nn.Sequential(*layers[:-1])
+
+
+class Centre(nn.Module):
+    """Takes the mean image away, so that an encoder's first layer sees inputs around zero; its mean is a buffer, not learned."""
+
+    mean: Tensor
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The difference, in the shape of `x [..., visible]`."""
+        return x - self.mean
 
 
 def named_activation(activation: Activation) -> type[nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyrovae.handlers import Module
 from pyrovae.handlers.anneal import ScaleLatents
 from pyrovae.models.likelihood import Likelihood, make_likelihood
-from pyrovae.models.nets import Activation, named_activation, perceptron, positive, reset, sizes_of
+from pyrovae.models.nets import Activation, Centre, named_activation, perceptron, positive, reset, sizes_of
 
 
 class VAE(Module):
@@ -26,11 +26,13 @@ class VAE(Module):
         hidden: hidden sizes from the data to the latents; the decoder has them reversed.
         beta: 0-d buffer, the weight of the latents' log probabilities in model and mean-field guide, hence of the KL;
             changes in place are seen at the next run.
+        centre: buffer `[visible]`, which encoders of `mirror` subtract; 0 until :meth:`initialize_bias`.
         decoder: a net from the code to the outputs.
         likelihood: the distribution of the pixels given the outputs.
     """
 
     beta: Tensor
+    centre: Tensor
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class VAE(Module):
         self._activation = named_activation(activation)
         self._config = {"likelihood": likelihood, "beta": float(beta), "scale": float(scale), "levels": levels, **config}
         self.register_buffer("beta", torch.tensor(float(beta)))
+        self.register_buffer("centre", torch.zeros(self.visible))
         self.likelihood: Likelihood = make_likelihood(likelihood, scale=scale, levels=levels)
         outputs = visible * self.likelihood.per_pixel
         self.decoder = perceptron([code, *reversed(self.hidden), outputs], self._activation)
@@ -79,7 +82,9 @@ class VAE(Module):
 
     @torch.no_grad()
     def initialize_bias(self, x: Tensor) -> None:
-        """Set the decoder's last bias so that zero outputs of its last weights mean the average image.
+        """Set the decoder's last bias so that zero outputs of its last weights mean the average image, and the encoders' centre.
+
+        Encoders that :meth:`mirror` makes from then on subtract the average image: call this before the guide is built.
 
         Bits count as (sum + 1) / (n + 2), levels as (count + 1) / (n + levels): a pixel that never changes gets a finite bias.
 
@@ -96,6 +101,7 @@ class VAE(Module):
         x = x.to(last)
         self.likelihood.check(x)
         last.copy_(self.likelihood.bias(x))
+        self.centre.copy_(x.mean(0))
 
     def forward(
         self,
@@ -148,7 +154,8 @@ class VAE(Module):
         raise NotImplementedError
 
     def _encoder(self, outputs: int) -> nn.Sequential:
-        return perceptron([self.visible, *self.hidden, outputs], self._activation).to(self.beta)
+        net = perceptron([self.visible, *self.hidden, outputs], self._activation)
+        return nn.Sequential(Centre(self.centre), *net).to(self.beta)
 
     def _check(self, x: Tensor | None) -> None:
         if not bool((self.beta >= 0) & (self.beta < float("inf"))):

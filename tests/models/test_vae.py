@@ -289,7 +289,8 @@ def test_the_learned_scale_is_trained_by_stock_svi():
 
 def test_defaults_are_those_of_the_literature():
     def sizes(net):
-        return [net[0].in_features] + [layer.out_features for layer in net if isinstance(layer, nn.Linear)]
+        linear = [layer for layer in net if isinstance(layer, nn.Linear)]
+        return [linear[0].in_features] + [layer.out_features for layer in linear]
 
     model = CategoricalVAE()
     assert sizes(model.mirror()) == [784, 512, 256, 300]
@@ -299,6 +300,17 @@ def test_defaults_are_those_of_the_literature():
     assert sizes(model.mirror()) == [784, 200]
     assert sizes(model.decoder) == [200, 784]
     assert sizes(GaussianVAE().mirror()) == [784, 400, 40]
+
+
+def test_encoders_subtract_the_average_image():
+    model = CategoricalVAE(4, 2, 3, (5,))
+    before = model.mirror()
+    assert torch.equal(before[1:](X), before(X))
+    model.initialize_bias(X)
+    after = model.mirror()
+    assert torch.allclose(after(X), after[1:](X - X.mean(0)))
+    assert not torch.allclose(after(X), after[1:](X))
+    assert torch.equal(before[1:](X), before(X))  # made earlier: as it was
 
 
 class Doubling(nn.Module):
