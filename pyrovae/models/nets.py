@@ -33,7 +33,7 @@ def perceptron(sizes: Sequence[int], activation: Activation = nn.ReLU) -> nn.Seq
 
 
 class Centre(nn.Module):
-    """Takes the mean image away, so that an encoder's first layer sees inputs around zero; its mean is a buffer, not learned."""
+    """Takes the mean image away, so that an encoder's first layer sees inputs around zero; the mean is not learned."""
 
     mean: Tensor
 

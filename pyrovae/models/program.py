@@ -82,7 +82,7 @@ class VAE(Module):
 
     @torch.no_grad()
     def initialize_bias(self, x: Tensor) -> None:
-        """Set the decoder's last bias so that zero outputs of its last weights mean the average image, and the encoders' centre.
+        """Set the decoder's last bias so that zero outputs of its last weights mean the average image; and the centre.
 
         Encoders that :meth:`mirror` makes from then on subtract the average image: call this before the guide is built.
 
