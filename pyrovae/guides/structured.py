@@ -181,11 +181,16 @@ class AmortizedStructured(MeanField):
 
 def _plates(met: Mapping[str, Met], given: Mapping[str, Tensor]) -> dict[str, Any]:
     """The model's plates, opened anew: with the rows that the program gave, else rows drawn here."""
-    frames = {frame.name: frame for latent in met.values() for frame in latent.frames if frame.vectorized}
-    plates = {}
-    for name, frame in frames.items():
-        rows = {"subsample": given[name]} if name in given else {"subsample_size": int(frame.size)}
-        plates[name] = pyro.plate(name, int(frame.full_size), dim=frame.dim, **rows)
+    plates: dict[str, Any] = {}
+    for latent in met.values():
+        with contextlib.ExitStack() as stack:  # nested as in the model, so that their draws of rows are
+            for frame in latent.frames:
+                if not frame.vectorized:
+                    continue
+                if frame.name not in plates:
+                    rows = {"subsample": given[frame.name]} if frame.name in given else {"subsample_size": int(frame.size)}
+                    plates[frame.name] = pyro.plate(frame.name, int(frame.full_size), dim=frame.dim, **rows)
+                stack.enter_context(plates[frame.name])
     return plates
 
 
