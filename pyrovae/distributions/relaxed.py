@@ -24,6 +24,7 @@ from torch.nn.functional import softplus
 class _Relaxed:
     """What the two families share: parameters, shapes, copies and the messages of validation."""
 
+    has_rsample = True  # pathwise, or straight-through
     straight_through: bool
     rsample: Callable[..., Tensor]
     _batch_shape: Size
@@ -40,11 +41,6 @@ class _Relaxed:
         self._logits = logits if logits.shape == shape else logits.expand(shape)
         self._batch_shape = batch_shape
         self.straight_through = straight_through
-
-    @property
-    def has_rsample(self) -> bool:
-        """Draws carry a gradient: pathwise, or straight-through."""
-        return True
 
     @property
     def temperature(self) -> Tensor:

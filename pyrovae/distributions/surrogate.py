@@ -19,7 +19,7 @@ class _Surrogate:
     """The estimator and its temperature, kept by copies."""
 
     has_rsample = True
-    estimator: str
+    estimator: Estimator
     surrogate_temperature: Any
     _family: Any
     _validate_args: bool
@@ -31,7 +31,7 @@ class _Surrogate:
         new.estimator, new.surrogate_temperature = self.estimator, self.surrogate_temperature
         return self._family.expand(self, batch_shape, _instance=new)
 
-    def _check(self, estimator: str, temperature: Any) -> None:
+    def _check(self, estimator: Estimator, temperature: Any) -> None:
         check_estimator(estimator)
         if not isinstance(temperature, Tensor) or self._validate_args:
             check_temperature(temperature)

@@ -9,7 +9,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
+from pyrovae.distributions import (
+    RelaxedBernoulli,
+    RelaxedOneHotCategorical,
+    SurrogateBernoulli,
+    SurrogateOneHotCategorical,
+)
 from pyrovae.handlers.rewrite import innermost
 from pyrovae.handlers.structure import Latent
 
@@ -51,6 +56,8 @@ def _components(latent: Latent, parameters: Tensor, prior: Any) -> Any:
     lead = parameters.shape[:-1] + latent.event_shape
     if isinstance(prior, (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)):
         return _relaxed(prior, parameters.reshape(lead))
+    if isinstance(prior, (SurrogateBernoulli, SurrogateOneHotCategorical)):
+        return type(prior)(parameters.reshape(lead), prior.estimator, prior.surrogate_temperature)
     if latent.kind == "bit":
         return dist.Bernoulli(logits=parameters.reshape(lead))
     if latent.kind == "integer":

@@ -200,9 +200,11 @@ class _Relaxer:
         else:
             refuse_other_discrete(name, fn, "relax")
             return fn
-        return family(
-            self.temperature, logits=fn.logits, straight_through=self.straight_through, validate_args=fn._validate_args
-        )
+        t, hard, check = self.temperature, self.straight_through, fn._validate_args
+        try:
+            return family(t, logits=fn.logits, straight_through=hard, validate_args=check)
+        except ValueError as error:
+            raise ValueError(f"at site {name!r}: {error}") from error
 
 
 def _discrete(_: str, fn: Any) -> Any:

@@ -136,6 +136,28 @@ def test_shapes_of_temperatures():
     assert tuple(RelaxedBernoulli(torch.full((4, 1), 0.5), logits=logits).batch_shape) == (4, 3)
 
 
+def test_log_ratios_do_not_depend_on_the_temperature():
+    """Temperature is a change of variables: at the same noise log q − log p is the same at every shared temperature.
+
+    Exact in float64; in float32 until values fall below tiny/eps, which the docstring owns up to.
+    """
+    logits = torch.randn(2000, 10)
+
+    def ratio(temperature, dtype):
+        torch.manual_seed(1)
+        q = RelaxedOneHotCategorical(temperature, logits=logits.to(dtype))
+        p = RelaxedOneHotCategorical(temperature, logits=torch.zeros(10, dtype=dtype))
+        value = q.sample()
+        return float((q.log_prob(value) - p.log_prob(value)).mean())
+
+    exact = ratio(1.0, torch.float64)
+    for temperature in (0.05, 0.1, 0.3, 3.0):
+        assert ratio(temperature, torch.float64) == pytest.approx(exact, rel=1e-9)
+    single = ratio(1.0, torch.float32)
+    assert ratio(0.3, torch.float32) == pytest.approx(single, rel=1e-4)
+    assert ratio(0.05, torch.float32) < single / 2
+
+
 @both_families
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_expand_to_event_mask_and_copies(family, straight_through):

@@ -345,7 +345,7 @@ def test_straight_through_is_the_true_discrete_bound():
             drawn = {name: values.nodes[name]["value"].detach() for name in ("h", "y")}
         log_p = poutine.trace(poutine.condition(model, drawn)).get_trace().log_prob_sum()
         log_q = poutine.trace(poutine.condition(guide, drawn)).get_trace().log_prob_sum()
-        assert (loss == pytest.approx(float(log_q - log_p), rel=1e-12)) is straight_through
+        assert (loss == pytest.approx(float((log_q - log_p).detach()), rel=1e-12)) is straight_through
 
 
 def test_straight_through_programs_are_finite():
@@ -430,6 +430,13 @@ def test_a_mass_met_by_a_density_is_refused():
     for way in (soft, hard):
         assert math.isfinite(Trace_ELBO().loss(way(model), way(guide)))
     assert math.isfinite(Trace_ELBO().loss(hard(model), hand_written(straight_through=True)[1]))
+
+
+def test_impossible_categories_are_named():
+    """OneHotCategorical takes a logit of -inf; a density has no place for it."""
+    logits = torch.tensor([0.0, 1.0, -math.inf])
+    with pytest.raises(ValueError, match=r"at site 'k': expected finite logits .* 1 infinite .* -30"):
+        relax(lambda: pyro.sample("k", dist.OneHotCategorical(logits=logits)), 0.5)()
 
 
 def test_the_callers_infer_is_left_alone():

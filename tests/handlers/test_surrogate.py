@@ -108,6 +108,17 @@ def test_our_models_train(objective, estimator):
     assert bool(((draws["h1"] == 0) | (draws["h1"] == 1)).all())
 
 
+def test_a_factor_guide_takes_the_surrogate_of_the_prior():
+    """A model written with surrogates, or wrapped before its guide is made."""
+    net = SigmoidBeliefNet(4, 2)
+    guide = AmortizedMeanField(surrogate(net, "straight_through", 0.7))
+    fn = poutine.trace(guide).get_trace(net.sample(3)).nodes["h1"]["fn"].base_dist
+    assert type(fn) is SurrogateBernoulli
+    assert (fn.estimator, fn.surrogate_temperature) == ("straight_through", 0.7)
+    plain = poutine.trace(AmortizedMeanField(net)).get_trace(net.sample(3)).nodes["h1"]["fn"].base_dist
+    assert type(plain) is dist.Bernoulli
+
+
 def test_temperatures_are_read_at_every_run():
     pair, t = Category(), torch.tensor(1.0)
     for temperature in (t, lambda: t):
