@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae.diagnostics.bounds import log_weights, mean_weight, over_rows
 from pyrovae.diagnostics.sites import active_units, analytic_kl, code_usage, expected, flat_rows, sampled_kl
 from pyrovae.handlers import check_measures, discretize, relax
 from pyrovae.handlers.rewrite import innermost
@@ -83,7 +83,7 @@ class Evaluation:
         """
         found: dict[str, Any] = {"rows": self.hard_elbo.numel(), "num_particles": self.num_particles}
         for name, value, error in self._bounds():
-            found[name], found[f"{name}_stderr"], found[f"{name}_monte_carlo"] = _over_rows(value, error)
+            found[name], found[f"{name}_stderr"], found[f"{name}_monte_carlo"] = over_rows(value, error)
         found["ess"] = float(self.ess.mean())
         found["pareto_k_above_0.7"] = float((self.pareto_k > 0.7).to(torch.get_default_dtype()).mean())
         rows = max(1, self.hard_elbo.numel())
@@ -201,10 +201,10 @@ def evaluate(
     weights = evidence(log_w)
     kl, means = _over_plates(rows, parts, "kl"), _over_plates(rows, parts, "means")
     flat = {s.name: flat_rows(means[s.name], len(s.batch_shape)) for s in structure.latents}
-    soft = None if relaxed_pair is None else _log_weights(rows, *relaxed_pair, num_particles)
-    hard_elbo, hard_stderr = _mean(log_w)
-    analytic_elbo, analytic_stderr = (None, None) if analytic is None else _mean(analytic)
-    relaxed_elbo, relaxed_stderr = (None, None) if soft is None else _mean(soft)
+    soft = None if relaxed_pair is None else log_weights(rows, *relaxed_pair, num_particles)
+    hard_elbo, hard_stderr = mean_weight(log_w)
+    analytic_elbo, analytic_stderr = (None, None) if analytic is None else mean_weight(analytic)
+    relaxed_elbo, relaxed_stderr = (None, None) if soft is None else mean_weight(soft)
     return Evaluation(
         hard_elbo=hard_elbo,
         hard_stderr=hard_stderr,
@@ -301,13 +301,6 @@ def _over_plates(rows: Rows, parts: list[_Batch], what: str) -> dict[str, Tensor
     return found
 
 
-def _log_weights(rows: Rows, model: Program, guide: Program, num_particles: int) -> Tensor:
-    parts = []
-    for log_joint in log_joints(model, rows):
-        parts.append(torch.cat([some.log_weights for some in weighed(log_joint, guide, num_particles)]))
-    return rows.join(parts, 1)
-
-
 def _relaxed(model: Program, guide: Program, rows: Rows, temperature: float | None) -> tuple[Program, Program] | None:
     """The pair with soft sites, if there is one."""
     args, kwargs = rows.calls[0]
@@ -323,16 +316,3 @@ def _relaxed(model: Program, guide: Program, rows: Rows, temperature: float | No
 
 def _normalized(some: Weighed) -> bool:
     return all(getattr(innermost(site.fn), "normalized", True) for site in some.sites.values() if site.observed)
-
-
-def _mean(log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over draws `[K, batch]` and its standard error, inf where a draw is impossible under the model."""
-    stderr = log_w.std(0) / math.sqrt(log_w.shape[0])
-    return log_w.mean(0), stderr.masked_fill(torch.isneginf(log_w).any(0), math.inf)
-
-
-def _over_rows(value: Tensor, error: Tensor) -> tuple[float, float, float]:
-    """The mean over rows, its standard error, and the Monte Carlo part of it."""
-    rows = value.numel()
-    monte_carlo = float(error.square().sum().sqrt()) / rows
-    return float(value.mean()), float(value.std() / math.sqrt(rows)) if rows > 1 else monte_carlo, monte_carlo
