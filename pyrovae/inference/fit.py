@@ -20,9 +20,12 @@ class Fit:
     """An account of a learning run. The learned parameters are in the model (and guide) themselves, and in `states`.
 
     Attributes:
-        history: records in order, each with `step`, `loss` (the objective, summed over the data, penalties and relaxation
-            included), `bound` (log p(x) or a bound of it as `bound` says, per datum in nats, discrete latents and KL weight
-            1, None where the method has none), `stderr`, `validation` (the same on validation data, or None) and `seconds`.
+        history: records in order, each with `step`, `loss` (the objective, summed over the data, penalties, relaxation and
+            KL weight included; the mean over the steps since the record before), `bound` (log p(x) or a bound of it as
+            `bound` says, per datum in nats, discrete latents and KL weight 1, None where the method has none), `stderr`,
+            `validation` (the same on validation data, or None) and `seconds`. Those of `Variational` also have `epoch`,
+            `rows` (of the training data that `bound` was evaluated on), `temperature`, `beta` and `learning_rate` (None
+            where there is none).
         bound: what the histories' `bound` is.
         states: what was learned, at the end, `{"model": …, "guide": …}`, detached copies. Of a module it is its
             `state_dict()`, also where `relax` and the like wrap it: `net.load_state_dict(fit.states["model"])`. Of a plain
@@ -34,6 +37,9 @@ class Fit:
         seed: the seed of torch's generator at the start.
         penalty: the precision λ of the Gaussian prior on the model's parameters, −λ/2 ‖θ‖² in the objective.
         versions: of Python and the packages that matter.
+        best_step: the step of the record with the best bound, that of the validation data where there are any; None where
+            the method keeps none.
+        stopped: why the run ended: "num_steps", or "patience", after which `states` are those of `best_step`.
     """
 
     history: tuple[Mapping[str, Any], ...] = field(repr=False)
@@ -44,6 +50,8 @@ class Fit:
     seed: int
     penalty: float
     versions: Mapping[str, str] = field(repr=False)
+    best_step: int | None = None
+    stopped: str = "num_steps"
 
 
 def versions() -> dict[str, str]:
@@ -52,7 +60,7 @@ def versions() -> dict[str, str]:
 
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "pyro-ppl": version("pyro-ppl"),
         "pyrovae": __version__,
     }
@@ -65,14 +73,19 @@ def state_of(program: Callable[..., Any] | None, leaves: Mapping[str, Tensor]) -
         program: a Pyro program, perhaps wrapped (by `relax`, `own_params`); None for parameters without one.
         leaves: its unconstrained parameters, by name.
     """
-    inner: Any = program
-    while not isinstance(inner, torch.nn.Module) and hasattr(inner, "program"):
-        inner = inner.program  # what `relax` and the like have wrapped
-    if isinstance(inner, torch.nn.Module):
+    inner = root_module(program)
+    if inner is not None:
         return snapshot(inner.state_dict())
     store = pyro.get_param_store()
     kept = {name for name, leaf in leaves.items() if store._params.get(name) is leaf}
     return snapshot({name: store[name] if name in kept else leaf for name, leaf in leaves.items()})
+
+
+def root_module(program: Any) -> torch.nn.Module | None:
+    """The module that a program is, perhaps inside `relax` and the like; None for a plain function."""
+    while not isinstance(program, torch.nn.Module) and hasattr(program, "program"):
+        program = program.program
+    return program if isinstance(program, torch.nn.Module) else None
 
 
 def snapshot(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -15,13 +14,20 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrovae.handlers.anneal import scale_kl
+from pyrovae.handlers.measures import check_measures
 from pyrovae.handlers.own_params import own_params
 from pyrovae.handlers.relax import relax
-from pyrovae.handlers.structure import read_structure
+from pyrovae.handlers.structure import Structure, read_structure
+from pyrovae.handlers.surrogate import surrogate
+from pyrovae.inference.batches import Batches, check_scalable, num_rows, pick, take_index
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
+from pyrovae.inference.fault import check_gradients, explained, found_fault, generators
 from pyrovae.inference.fit import squared_norm, state_of
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program
+from pyrovae.inference.schedules import Average, Dial, make_optimizer, make_scheduler, names_in_store
+from pyrovae.ops import isolated_rng
 
 if TYPE_CHECKING:
     from pyrovae.inference.variational import Variational
@@ -38,7 +44,7 @@ class Optimization:
         learn_model: whether the model's parameters move.
 
     Raises:
-        ValueError: if there is nothing to learn, or minibatches of the program cannot be scaled.
+        ValueError: if there is nothing to learn, model and guide do not match, or minibatches of the program cannot be scaled.
     """
 
     def __init__(
@@ -46,42 +52,40 @@ class Optimization:
     ) -> None:
         self.method, self.model, self.args, self.kwargs = method, model, args, kwargs
         self.evaluations = 0
-        self.rows = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 1
-        if method.batch_size is not None and method.batch_size > self.rows:
-            raise ValueError(f"expected batch_size <= the {self.rows} rows of the data, got {method.batch_size}")
-        first = method._prepared(args)
-        structure = read_structure(model, first, kwargs)
+        self.rows = num_rows(args)
+        self.known = set(pyro.get_param_store()._params)  # before this run
+        self.batches = Batches(args, kwargs, method.batch_size, method._prepared)
+        self.device = args[0].device if args and isinstance(args[0], Tensor) else torch.device(method.device or "cpu")
+        programs = (model,) if method.guide is None else (model, method.guide)
+        self.first, self.first_kwargs = self._first(programs)
+        structure = read_structure(model, self.first, self.first_kwargs)
         self.leaves: dict[str, dict[str, Tensor]] = {"model": _trainable(structure.leaves)}
         depth = structure.plate_depth
         if method.guide is not None:
-            of_guide = read_structure(method.guide, first, kwargs)
+            of_guide = read_structure(method.guide, self.first, self.first_kwargs)
+            _check_sites(structure, of_guide)
             depth = max(depth, of_guide.plate_depth)
             self.leaves["guide"] = _trainable(of_guide.leaves)
         self.frozen = set() if learn_model else {id(leaf) for leaf in self.leaves["model"].values()}
         self.penalty = method.penalty if learn_model else 0.0
         self.elbo = copy.deepcopy(method.elbo)
-        self.first = first
         if method.elbo_is_default:
             self.elbo.vectorize_particles = self._broadcasts()
         if math.isinf(getattr(self.elbo, "max_plate_nesting", 0)):  # what Pyro would guess by a run of both, and print
             self.elbo.max_plate_nesting = depth + (self.elbo.vectorize_particles and self.elbo.num_particles > 1)
         self.optimizer: Any = None  # made at the first step, when the objective's own parameters are known
+        self.scheduler: Any = None
+        self.average: Average | None = None
         self.learned: list[Tensor] = []
         self.gradients: list[tuple[Tensor, Tensor | None]] = []
-        if not self._named():
+        if not self.named():
             raise ValueError("expected programs with parameters, got none; there is nothing to learn")
-        self.indexed = method.batch_size is not None and self._indexed(first)
-        if method.batch_size is not None and not self.indexed and method.batch_size < self.rows:
-            outside = [latent.name for latent in structure.latents if not latent.plates]
-            if outside:
-                raise ValueError(
-                    f"expected a program that takes index and num_data for minibatches with the latent {outside[0]!r} outside "
-                    "all plates, got one that takes neither: its loss times N/B would count that latent N/B times; open the "
-                    "plate as pyro.plate(name, num_data, subsample=index)"
-                )
+        if method.batch_size is not None and not self.batches.indexed and method.batch_size < self.rows:
+            check_scalable(structure)
+            self._check_other_rows(programs)
         self.met: dict[str, Tensor] = {}
-        self.batches = self._minibatches()
-        self.temperature = torch.tensor(1.0)
+        self.temperature = self._dial("temperature", method.temperature, 1.0 if method.surrogate else None)
+        self.beta = self._dial("beta", None if method.beta == 1.0 else method.beta, None, zero=True)
         self.programs = self._programs()
 
     def __enter__(self) -> Optimization:
@@ -94,38 +98,107 @@ class Optimization:
             leaf.grad = gradient
 
     def step(self, step: int) -> float:
-        """One gradient step; its loss, the sum over the data."""
-        method = self.method
-        if callable(method.temperature):
-            self.temperature.fill_(method.temperature(step))
-        args, kwargs, scale, rows = next(self.batches)
+        """One gradient step; its loss, the sum over the data.
+
+        Raises:
+            FloatingPointError: if the loss or a gradient is not finite, with the first site or parameter that is not; nothing
+                has moved.
+        """
+        for dial in (self.temperature, self.beta):
+            if dial is not None:
+                dial.turn(step)
+        batch = self.batches.draw()
         for leaf, _ in self.gradients:
             leaf.grad = None
-        self.met.clear()
-        with poutine.trace(param_only=True) as used:
-            loss = self._loss_and_grads(args, kwargs) * scale
+        before = generators(self.device)
+        with explained(self, batch, before, step):
+            if self.optimizer is None:
+                self.met.clear()
+                with poutine.trace(param_only=True) as used:
+                    loss = self._loss_and_grads(batch.args, batch.kwargs) * batch.factor
+            else:
+                loss = self._loss_and_grads(batch.args, batch.kwargs) * batch.factor
         self._check_met()
         if self.optimizer is None:
-            self._make_optimizer(used.trace)
-        self.evaluations += rows * self._evaluations_a_row(args, kwargs)
+            self.make_optimizer(used.trace)
+        self.evaluations += batch.rows * self._evaluations_a_row(batch.args, batch.kwargs)
         model_leaves = self.leaves["model"]
         if self.penalty and model_leaves:
             loss += self.penalty / 2 * float(squared_norm(model_leaves).detach())
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"expected a finite loss, got {loss} at step {step}; lower the learning rate, or raise the temperature"
-            )
-        for leaf in self.learned:
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf)
-            elif scale != 1:
-                leaf.grad.mul_(scale)
+            raise found_fault(self, batch, before, f"expected a finite loss, got {loss} at step {step}")
+        missing = [leaf for leaf in self.learned if leaf.grad is None]
+        for leaf in missing:
+            leaf.grad = torch.zeros_like(leaf)
+        gradients = [leaf.grad for leaf in self.learned if leaf.grad is not None]
+        if batch.factor != 1:
+            torch._foreach_mul_(gradients, batch.factor)
         if self.penalty:
             for leaf in {id(leaf): leaf for leaf in model_leaves.values()}.values():
                 assert leaf.grad is not None
                 leaf.grad.add_(leaf.detach(), alpha=self.penalty)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(float(norm)):
+            check_gradients(self.leaves, step)
+        if self.method.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.learned, self.method.clip_norm, norm)
         self._move()
         return loss
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """What model, guide and the objective itself (its baselines) have learned so far, of those that have parameters."""
+        programs = {"model": self.model, "guide": self.method.guide}
+        found = {name: state_of(programs.get(name), leaves) for name, leaves in self.leaves.items()}
+        return {name: state for name, state in found.items() if state}
+
+    def discover(self) -> None:
+        """Run the objective once, moving nothing, so that its own parameters (a baseline's net) are known."""
+        with isolated_rng(), poutine.trace(param_only=True) as used:
+            self._loss_and_grads(self.first, self.first_kwargs)
+        for leaf, _ in self.gradients:
+            leaf.grad = None
+        self.make_optimizer(used.trace)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A block in which parameters are their moving averages, where there are any."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
+
+    def _first(self, programs: tuple[Program, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a first call: those of a minibatch, where there are any."""
+        size, batches = self.method.batch_size, self.batches
+        if size is None:
+            return self.method._prepared(self.args), self.kwargs
+        index = torch.arange(size, device=self.device)
+        args, kwargs = pick(self.args, self.kwargs, index)
+        args = self.method._prepared(args)
+        batches.indexed = take_index(programs, args, kwargs, index, self.rows)
+        return args, kwargs | ({"index": index, "num_data": self.rows} if batches.indexed else {})
+
+    def _check_other_rows(self, programs: tuple[Program, ...]) -> None:
+        """Refuse programs with parameters for each row that no `index` reaches: minibatches would share them by place."""
+        args, kwargs = pick(self.args, self.kwargs, torch.arange(len(self.first[0]) + 1, device=self.device))
+        args = self.method._prepared(args)
+        for program in programs:
+            try:
+                read_structure(program, args, kwargs)
+            except (ValueError, RuntimeError, IndexError) as error:
+                store = pyro.get_param_store()
+                for name in [name for leaves in self.leaves.values() for name in leaves if name in store._params]:
+                    if name not in self.known:
+                        del store[name]
+                raise ValueError(
+                    f"expected programs that take any number of rows for minibatches, got one that ran with "
+                    f"{len(self.first[0])} and failed with {len(args[0])} ({str(error).splitlines()[0]}); parameters for "
+                    "each row need index and num_data, as LocalMeanField takes them"
+                ) from error
 
     def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         try:
@@ -146,33 +219,30 @@ class Optimization:
     def _broadcasts(self) -> bool:
         """Whether one run of the programs serves many particles."""
         programs = (self.model,) if self.method.guide is None else (self.model, self.method.guide)
-        return all(LogJoint(program, self.first, self.kwargs).broadcasts for program in programs)
+        return all(LogJoint(program, self.first, self.first_kwargs).broadcasts for program in programs)
 
-    def states(self) -> dict[str, dict[str, Tensor]]:
-        """What model, guide and the objective itself (its baselines) have learned so far, of those that have parameters."""
-        programs = {"model": self.model, "guide": self.method.guide}
-        found = {name: state_of(programs.get(name), leaves) for name, leaves in self.leaves.items()}
-        return {name: state for name, state in found.items() if state}
-
-    def _named(self) -> dict[str, Tensor]:
+    def named(self) -> dict[str, Tensor]:
         """What is learned, by name; a parameter of model and guide stands once."""
         once = {id(leaf): (name, leaf) for leaves in self.leaves.values() for name, leaf in leaves.items()}
         return dict(named for key, named in once.items() if key not in self.frozen)
 
-    def _make_optimizer(self, used: Any) -> None:
+    def make_optimizer(self, used: Any) -> None:
         """An optimizer of all that is learned; what the objective itself used, such as a baseline's net, is learned too."""
         known = {id(leaf) for leaves in self.leaves.values() for leaf in leaves.values()} | {id(x) for x in self.met.values()}
         own = {}
-        for name, node in used.nodes.items():
+        for name, node in {} if used is None else used.nodes.items():
             leaf = node["value"].unconstrained() if hasattr(node["value"], "unconstrained") else node["value"]
             if id(leaf) not in known and leaf.requires_grad:
                 own[name] = leaf
         if own:
             self.leaves["objective"] = own
             self.gradients += [(leaf, None) for leaf in own.values()]
-        self.learned = list(self._named().values())
-        optim = self.method.optim
-        self.optimizer = copy.deepcopy(optim) if isinstance(optim, pyro.optim.PyroOptim) else optim(self.learned)
+        self.learned = list(self.named().values())
+        optim, method = self.method.optim, self.method
+        is_pyro = isinstance(optim, pyro.optim.PyroOptim)
+        self.optimizer = copy.deepcopy(optim) if is_pyro else make_optimizer(optim, self.learned)
+        self.scheduler = make_scheduler(method.scheduler, self.optimizer)
+        self.average = None if method.average is None else Average(self.learned, method.average)
 
     def _move(self) -> None:
         if not isinstance(self.optimizer, pyro.optim.PyroOptim):
@@ -180,54 +250,31 @@ class Optimization:
         elif self.optimizer.optim_objs:
             self.optimizer(self.learned)
         else:
-            with _names_in_store(self._named()):
+            with names_in_store(self.named()):
                 self.optimizer(self.learned)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.average is not None:
+            self.average.update()
+
+    def _dial(self, name: str, schedule: Any, default: float | None, *, zero: bool = False) -> Dial | None:
+        schedule = default if schedule is None else schedule
+        return None if schedule is None else Dial(name, schedule, self.device, zero=zero)
 
     def _programs(self) -> tuple[Program, Program | None]:
+        """The programs as they are fitted: relaxed or with surrogate gradients, then the KL weight, then own parameters."""
         method = self.method
-        model: Program = self.model
-        guide = method.guide
-        if method.temperature is not None and guide is not None:
-            self.temperature.fill_(method.temperature(0) if callable(method.temperature) else method.temperature)
-            model, guide = relax(model, self.temperature), relax(guide, self.temperature)
-        return own_params(model, self.met), None if guide is None else own_params(guide, self.met)
-
-    def _indexed(self, first: tuple[Any, ...]) -> bool:
-        """Whether the programs take `index` and `num_data`, and the model's plate then scales by N/B."""
-        guide = self.method.guide
-        if not _takes_index(self.model) or (guide is not None and not _takes_index(guide)):
-            return False
-        index = torch.arange(self.method.batch_size or self.rows, device=self.args[0].device)
-        args, kwargs = self._pick(first, index)
-        try:
-            plates = read_structure(self.model, args, kwargs | {"index": index, "num_data": self.rows}).plates
-        except TypeError:
-            return False  # `**kwargs` that it hands on to what takes neither
-        return any(plate.full_size == self.rows and plate.size == len(index) for plate in plates)
-
-    def _minibatches(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], float, int]]:
-        """Arguments, keyword arguments, the factor of the loss and the number of rows of every step."""
-        size = self.method.batch_size
-        while size is None:
-            yield self.method._prepared(self.args), self.kwargs, 1.0, self.rows
-        device = self.args[0].device
-        while True:
-            order = torch.randperm(self.rows, device=device)
-            for start in range(0, self.rows - size + 1, size):
-                index = order[start : start + size]
-                args, kwargs = self._pick(self.args, index)
-                if self.indexed:
-                    yield self.method._prepared(args), kwargs | {"index": index, "num_data": self.rows}, 1.0, size
-                else:
-                    yield self.method._prepared(args), kwargs, self.rows / size, size
-
-    def _pick(self, args: tuple[Any, ...], index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same rows of every tensor as long as the data; anything else as it is."""
-
-        def rows(value: Any) -> Any:
-            return value[index] if isinstance(value, Tensor) and value.dim() and len(value) == self.rows else value
-
-        return tuple(rows(value) for value in args), {name: rows(value) for name, value in self.kwargs.items()}
+        pair: list[Program] = [self.model] if method.guide is None else [self.model, method.guide]
+        if method.surrogate is not None and self.temperature is not None:
+            pair = [surrogate(program, method.surrogate, self.temperature.tensor) for program in pair]
+        elif self.temperature is not None:
+            pair = [relax(program, self.temperature.tensor, method.straight_through) for program in pair]
+        if self.beta is not None:
+            pair = [scale_kl(program, self.beta.tensor) for program in pair]
+        if len(pair) == 2:
+            check_measures(*(read_structure(program, self.first, self.first_kwargs) for program in pair))
+        owned = [own_params(program, self.met) for program in pair]
+        return owned[0], owned[1] if len(owned) == 2 else None
 
     def _evaluations_a_row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if not hasattr(self, "_cost"):
@@ -248,29 +295,22 @@ class Optimization:
             )
 
 
-@contextmanager
-def _names_in_store(named: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a Pyro optimizer, whose arguments may go by name, find the names of parameters that are not in the store."""
-    names = pyro.get_param_store()._param_to_name
-    added = [leaf for name, leaf in named.items() if leaf not in names]
-    names.update({leaf: name for name, leaf in named.items() if leaf not in names})
-    try:
-        yield
-    finally:
-        for leaf in added:
-            del names[leaf]
+def _check_sites(model: Structure, guide: Structure) -> None:
+    """Refuse a guide whose sites are not the model's latents."""
+    ours, theirs = ({latent.name: latent for latent in structure.latents} for structure in (guide, model))
+    if set(ours) != set(theirs):
+        raise ValueError(
+            f"expected the guide to sample the model's latents {sorted(theirs)}, got {sorted(ours)}; give both the same "
+            "site names"
+        )
+    for name, latent in theirs.items():
+        if ours[name].event_shape != latent.event_shape:
+            raise ValueError(
+                f"expected the guide's {name!r} with the model's event shape {tuple(latent.event_shape)}, got "
+                f"{tuple(ours[name].event_shape)}; declare a vector with .to_event(1), and give the guide the model's "
+                "sizes"
+            )
 
 
 def _trainable(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-
-
-def _takes_index(program: Callable[..., Any]) -> bool:
-    while not isinstance(program, torch.nn.Module) and hasattr(program, "program"):
-        program = program.program  # inside `relax` and the like
-    call = program.forward if isinstance(program, torch.nn.Module) else program
-    try:
-        names = inspect.signature(call).parameters
-    except (TypeError, ValueError):
-        return False
-    return {"index", "num_data"} <= set(names) or any(p.kind is p.VAR_KEYWORD for p in names.values())

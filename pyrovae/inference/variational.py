@@ -7,25 +7,26 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, Literal
 
 import pyro.infer
+import pyro.optim
 import torch
 from torch import Tensor
 from tqdm.auto import trange
 
 from pyrovae.handlers.structure import frozen_leaves, read_structure
+from pyrovae.inference.batches import check_device, on_device
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
-from pyrovae.inference.exact import Exact
-from pyrovae.inference.fit import Fit, check_penalty, snapshot, versions
+from pyrovae.inference.fit import Fit, check_penalty, root_module, snapshot
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.optimization import Optimization
 from pyrovae.inference.posterior import Bound, Program, States
+from pyrovae.inference.schedules import Optimizer, Schedule
+from pyrovae.inference.training import Training
 from pyrovae.inference.weighing import draw, weigh
-from pyrovae.ops import isolated_rng
-
-Optimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer] | Any  # or a pyro.optim.PyroOptim
 
 
 class Variational:
@@ -42,28 +43,59 @@ class Variational:
 
     Cost of a step: one evaluation of the objective and its gradient on a minibatch.
 
+    **Records.** Every `log_every` steps, and at both ends, the true bound is evaluated with fixed draws, so that two records
+    differ by the parameters alone: on at most `log_rows` fixed, random rows of the training data, and on all validation data,
+    a few rows at a time. Modules are in evaluation mode for it. It does not change the training.
+
+    **Early stopping.** With `patience`, the run ends once as many records have brought no better bound of the validation
+    data, and the best parameters are put back, as they are when `num_steps` ends it.
+
+    **Checkpoints.** At every record, `checkpoint` gets `last` and, when its bound is the best so far (of the validation data
+    where there are any), `best`; see :mod:`pyrovae.inference.checkpoint`. `fit(..., resume=True)` goes on from `last` until
+    `num_steps`, bit for bit as if it had never stopped, with the same data, device, versions and options. The optimizer's
+    settings are those of the checkpoint. What a record had not yet seen is done again.
+
     Args:
         guide: a Pyro guide with the model's arguments; None for objectives without one.
         elbo: an objective, stock or ours; default `Trace_ELBO` with 10 particles, vectorised where both programs broadcast
             on the left, else one after the other. The loss of an objective that returns several (`ReweightedWakeSleep`, whose
             weights are those of a whole batch) is their sum. Pyro's `Jit…` objectives are refused.
-        optim: a function from parameters to a torch optimizer (`partial(torch.optim.Adam, lr=1e-2)`, the default) or a
-            Pyro optimizer.
-        num_steps: gradient steps of `fit`.
+        optim: a function from parameters to a torch optimizer (`partial(torch.optim.Adam, lr=1e-2)`, the default; torch's
+            Adam and AdamW are made `fused` where nothing is said of it) or a Pyro optimizer.
+        num_steps: gradient steps of `fit`; default 1000.
+        num_epochs: instead of `num_steps`: passes over the data, each of ⌊N/B⌋ steps (1 without `batch_size`).
         batch_size: rows of a minibatch; None takes all. A program that takes `index` and `num_data` gets them, so that its
-            plate scales; any other sees the rows alone and its loss is multiplied by N/B.
-        temperature: of the relaxation: a float, or a function from the step to one; None does not relax.
+            plate scales; any other sees the rows alone and its loss is multiplied by N/B. Every epoch has a fresh order, and
+            the N mod B rows at its end sit it out.
+        temperature: of the relaxation: a float, or a function from the step to one; None does not relax. With `surrogate`, of
+            the surrogate's gradient, default 1.
+        straight_through: relax with hard values (:func:`pyrovae.handlers.relax`); needs a temperature.
+        surrogate: "reinmax" or "straight_through": hard values with a surrogate's gradient
+            (:func:`pyrovae.handlers.surrogate`), instead of a relaxation.
+        beta: the weight of the KL divergence while fitting (:func:`pyrovae.handlers.scale_kl`): a float, or a function from
+            the step to one.
+        scheduler: a function from the optimizer to a `torch.optim.lr_scheduler`, stepped at every gradient step.
+        clip_norm: the largest norm of all gradients together.
         num_guide_steps: steps of `infer` on the guide.
         num_samples: draws per datum of the reported bound and posterior.
         penalty: λ, the precision of a Gaussian prior on every parameter of the model.
-        preprocess: applied to the first argument at every step, at every record of the bound and once by `infer`, such as
-            `pyrovae.data.binarize`.
+        average: the decay of an exponential moving average of the parameters (0.999 is usual), which records, checkpoints and
+            the end of `fit` use; None keeps none.
+        preprocess: applied to the first argument at every step, to every part of the data at a record, and once by `infer`,
+            such as `pyrovae.data.binarize`. Records see the same draw of it every time.
+        device: where modules and tensors among the arguments are moved, in place and once; minibatches are made there.
+            Tensors that a plain function closes over are the user's to move.
         log_every: steps between records of the bound (by `num_log_samples` draws); default 20 records in all.
         num_log_samples: draws per datum of those records.
+        log_rows: rows of the training data that a record looks at; None looks at all. All where rows are not independent.
+        patience: records without improvement before `fit` stops; None never stops early.
+        checkpoint: a folder for checkpoints.
+        log: a file that gets every record as a line of JSON; a new run starts it anew.
         progress: show a progress bar.
 
     Raises:
-        ValueError: for numbers out of range, an objective that cannot run here, or neither guide nor a guide-free objective.
+        ValueError: for numbers out of range, options that exclude one another, an objective that cannot run here, or neither
+            guide nor a guide-free objective.
 
     References:
         Automated Variational Inference in Probabilistic Programming (Wingate and Weber, 2013)
@@ -78,30 +110,64 @@ class Variational:
         elbo: pyro.infer.ELBO | None = None,
         *,
         optim: Optimizer | None = None,
-        num_steps: int = 1000,
+        num_steps: int | None = None,
+        num_epochs: int | None = None,
         batch_size: int | None = None,
-        temperature: float | Callable[[int], float] | None = None,
+        temperature: Schedule | None = None,
+        straight_through: bool = False,
+        surrogate: Literal["reinmax", "straight_through"] | None = None,
+        beta: Schedule = 1.0,
+        scheduler: Callable[[Any], Any] | None = None,
+        clip_norm: float | None = None,
         num_guide_steps: int = 0,
         num_samples: int = 1000,
         penalty: float = 0.0,
+        average: float | None = None,
         preprocess: Callable[[Tensor], Tensor] | None = None,
+        device: str | torch.device | None = None,
         log_every: int | None = None,
         num_log_samples: int = 10,
+        log_rows: int | None = 1000,
+        patience: int | None = None,
+        checkpoint: str | Path | None = None,
+        log: str | Path | None = None,
         progress: bool = False,
     ) -> None:
-        if num_steps < 1 or num_guide_steps < 0 or num_samples < 2 or num_log_samples < 2:
-            raise ValueError(
-                "expected num_steps >= 1, num_guide_steps >= 0, num_samples >= 2 and num_log_samples >= 2, got "
-                f"{num_steps}, {num_guide_steps}, {num_samples} and {num_log_samples}"
-            )
-        if (batch_size is not None and batch_size < 1) or (log_every is not None and log_every < 1):
-            raise ValueError(f"expected batch_size >= 1 and log_every >= 1, got {batch_size} and {log_every}")
+        if num_steps is not None and num_epochs is not None:
+            raise ValueError(f"expected num_steps or num_epochs, got both, {num_steps} and {num_epochs}; leave one out")
+        counts = {"num_steps": (num_steps, 1), "num_epochs": (num_epochs, 1), "num_guide_steps": (num_guide_steps, 0)}
+        counts |= {"num_samples": (num_samples, 2), "num_log_samples": (num_log_samples, 2), "batch_size": (batch_size, 1)}
+        counts |= {"log_every": (log_every, 1), "log_rows": (log_rows, 1), "patience": (patience, 1)}
+        for name, (count, least) in counts.items():
+            if count is not None and count < least:
+                raise ValueError(f"expected {name} >= {least}, got {count}")
         if guide is None and not isinstance(elbo, ExactLikelihood):
             raise ValueError("expected a guide, got None; only Variational(None, ExactLikelihood()) needs none")
-        if isinstance(temperature, (int, float)) and not temperature > 0:
+        if isinstance(temperature, (int, float)) and not 0 < temperature < math.inf:
             raise ValueError(f"expected temperature > 0, got {temperature}; values from 0.1 to 1 are usual")
-        if guide is None and temperature is not None:
-            raise ValueError("expected no temperature without a guide: exact gradient learning relaxes nothing")
+        if isinstance(beta, (int, float)) and not 0 <= beta < math.inf:
+            raise ValueError(f"expected beta >= 0, got {beta}; 1 is the evidence bound")
+        if guide is None and (temperature is not None or surrogate is not None):
+            what = "temperature" if surrogate is None else "surrogate"
+            raise ValueError(f"expected no {what} without a guide: exact gradient learning relaxes nothing")
+        if guide is None and beta != 1.0:
+            raise ValueError(f"expected beta=1 without a guide, got {beta}; log p(x) has no KL divergence to weigh")
+        if surrogate not in (None, "reinmax", "straight_through"):
+            raise ValueError(f'expected surrogate "reinmax", "straight_through" or None, got {surrogate!r}')
+        if straight_through and (temperature is None or surrogate is not None):
+            raise ValueError(
+                "expected straight_through with a temperature and no surrogate; for the straight-through estimator of softmax "
+                'probabilities pass surrogate="straight_through" alone'
+            )
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"expected clip_norm > 0, got {clip_norm}")
+        if average is not None and not 0 < average < 1:
+            raise ValueError(f"expected average, the decay of the mean, in (0, 1), got {average}; 0.999 is usual")
+        if scheduler is not None and isinstance(optim, pyro.optim.PyroOptim):
+            raise ValueError(
+                "expected a torch optimizer with a scheduler, got a Pyro optimizer; pass "
+                "optim=partial(torch.optim.Adam, lr=1e-3)"
+            )
         if any(base.__name__.startswith("Jit") and base.__module__.startswith("pyro.") for base in type(elbo).__mro__):
             name = type(elbo).__name__
             raise ValueError(
@@ -111,48 +177,36 @@ class Variational:
         self.guide, self.elbo_is_default = guide, elbo is None
         self.elbo = pyro.infer.Trace_ELBO(num_particles=10, vectorize_particles=True) if elbo is None else elbo
         self.optim = partial(torch.optim.Adam, lr=1e-2) if optim is None else optim
-        self.num_steps, self.batch_size, self.temperature = num_steps, batch_size, temperature
+        self.num_steps = 1000 if num_steps is None and num_epochs is None else num_steps
+        self.num_epochs, self.batch_size = num_epochs, batch_size
+        self.temperature, self.straight_through, self.surrogate, self.beta = temperature, straight_through, surrogate, beta
+        self.scheduler, self.clip_norm, self.average = scheduler, clip_norm, average
         self.num_guide_steps, self.num_samples = num_guide_steps, num_samples
         self.penalty = check_penalty(penalty)
-        self.preprocess, self.log_every, self.num_log_samples = preprocess, log_every, num_log_samples
-        self.progress = progress
+        self.preprocess, self.device = preprocess, device
+        self.log_every, self.num_log_samples, self.log_rows = log_every, num_log_samples, log_rows
+        self.patience, self.checkpoint, self.log, self.progress = patience, checkpoint, log, progress
 
-    def fit(self, model: Program, *args: Any, validation: Any = None, **kwargs: Any) -> Fit:
+    def fit(self, model: Program, *args: Any, validation: Any = None, resume: bool = False, **kwargs: Any) -> Fit:
         """Learn model and guide together, in place.
 
         Args:
             model: a Pyro program.
             *args: its arguments, the data first.
-            validation: other data (a tensor, or a tuple of arguments) whose bound is logged.
+            validation: other data (a tensor, or a tuple of arguments) whose bound is recorded.
+            resume: go on from the last checkpoint in `checkpoint`.
             **kwargs: its keyword arguments.
 
         Raises:
-            ValueError: if there is nothing to learn, the programs meet a parameter that the optimizer lacks, or the particles
-                of `elbo` are vectorised and the programs do not broadcast.
-            FloatingPointError: if the loss is no longer finite; parameters stay as they were before that step.
+            ValueError: if there is nothing to learn, model and guide do not match, the programs meet a parameter that the
+                optimizer lacks, the particles of `elbo` are vectorised and the programs do not broadcast, or the checkpoint
+                is damaged, of another architecture or format, or of other data.
+            FileExistsError: if `checkpoint` holds a run already and `resume` is False.
+            FileNotFoundError: if there is nothing to resume.
+            FloatingPointError: if the loss or a gradient is no longer finite, with the first site or parameter that is not;
+                parameters stay as they were before that step.
         """
-        begin, seed = time.perf_counter(), torch.initial_seed()
-        every = self.log_every or max(1, self.num_steps // 20)
-        history: list[dict[str, Any]] = []
-        losses: list[float] = []
-        held_out = self._held_out(validation, model, kwargs)
-        with Optimization(self, model, args, kwargs, learn_model=True) as run:
-            for step in trange(self.num_steps, desc="Variational", disable=not self.progress):
-                if step % every == 0:
-                    history.append(self._record(run, step, losses, held_out, begin))
-                    losses = []
-                losses.append(run.step(step))
-        history.append(self._record(run, self.num_steps, losses, held_out, begin))
-        return Fit(
-            history=tuple(history),
-            bound=self._bound,
-            states=run.states(),
-            seconds=time.perf_counter() - begin,
-            model_evaluations=run.evaluations,
-            seed=seed,
-            penalty=self.penalty,
-            versions=versions(),
-        )
+        return Training(self, model, args, kwargs, validation, resume=resume)()
 
     def infer(self, model: Program, *args: Any, **kwargs: Any) -> DrawsPosterior:
         """Take `num_guide_steps` on the guide, the model frozen, and draw from it.
@@ -174,6 +228,12 @@ class Variational:
         if self.guide is None:
             raise ValueError("expected a guide to infer with, got None; use Exact for the exact posterior")
         begin = time.perf_counter()
+        device = check_device(self.device)
+        if device is not None:
+            for module in (root_module(model), root_module(self.guide)):
+                if module is not None:
+                    module.to(device)
+            args, kwargs = on_device(args, device), on_device(kwargs, device)
         losses, evaluations = [], 0
         if self.num_guide_steps:
             with Optimization(self, model, args, kwargs, learn_model=False) as run:
@@ -199,53 +259,8 @@ class Variational:
     def _bound(self) -> Bound:
         return "exact" if self.guide is None else "lower"
 
-    def _record(
-        self, run: Optimization, step: int, losses: list[float], held_out: tuple[Any, ...] | None, begin: float
-    ) -> dict[str, Any]:
-        with isolated_rng():  # looking at the bound does not change the training
-            bound, stderr = self._evaluate(run, run.args)
-            validation = None if held_out is None else self._evaluate(run, held_out)[0]
-        return {
-            "step": step,
-            "loss": sum(losses) / len(losses) if losses else None,
-            "bound": bound,
-            "stderr": stderr,
-            "validation": validation,
-            "seconds": time.perf_counter() - begin,
-        }
-
-    def _held_out(self, validation: Any, model: Program, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        """Arguments of the validation data; None where the guide has no parameters for other rows, but one set a datum."""
-        if validation is None:
-            return None
-        with isolated_rng():
-            args = self._prepared(validation if isinstance(validation, tuple) else (validation,))
-        read_structure(model, args, kwargs)  # data that the model refuses are an error
-        try:
-            if self.guide is not None:
-                read_structure(self.guide, args, kwargs)
-        except ValueError:
-            return None
-        return validation if isinstance(validation, tuple) else (validation,)
-
     def _prepared(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args if self.preprocess is None or not args else (self.preprocess(args[0]), *args[1:])
-
-    def _evaluate(self, run: Optimization, args: tuple[Any, ...]) -> tuple[float, float]:
-        """The bound per datum, and its standard error; the evaluations that it takes count as the run's."""
-        args = self._prepared(args)
-        if self.guide is None:
-            assert isinstance(self.elbo, ExactLikelihood)
-            posterior = Exact(max_bytes=self.elbo.max_bytes).infer(run.model, *args, **run.kwargs)
-            run.evaluations += int(posterior.diagnostics["model_evaluations"])
-            assert posterior.log_evidence is not None
-            return float(posterior.log_evidence.mean()), 0.0
-        log_w = weigh(LogJoint(run.model, args, run.kwargs), self.guide, self.num_log_samples)[1]
-        rows = max(1, log_w[0].numel())
-        run.evaluations += log_w.numel()
-        if bool(torch.isneginf(log_w).any()):
-            return -math.inf, math.inf
-        return float(log_w.mean()), float((log_w.var(0) / log_w.shape[0]).sum().sqrt() / rows)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
