@@ -320,7 +320,7 @@ def test_beta_weighs_the_latents_of_model_and_guide(name):
     assert torch.equal(now[0]["x"]["log_prob"], once[0]["x"]["log_prob"])
     with torch.no_grad():
         model.beta.fill_(0.0)
-    assert all(float(log_joint(model, x, values)[site]["log_prob_sum"]) == 0 for site in latents)
+    assert all(log_joint(model, x, values)[site]["log_prob_sum"].item() == 0 for site in latents)
     for bad in (-1.0, float("nan"), float("inf")):
         with torch.no_grad():
             model.beta.fill_(bad)
