@@ -10,10 +10,10 @@ from pyrovae.models.mixed_vae import MixedVAE
 from pyrovae.models.sigmoid_belief_net import SigmoidBeliefNet
 
 __all__ = [
+    "DRAW",
     "AutoEncoder",
     "BernoulliVAE",
     "CategoricalVAE",
-    "DRAW",
     "GaussianVAE",
     "HierarchicalVAE",
     "MixedVAE",
