@@ -22,7 +22,6 @@ from pyrovae.handlers.rewrite import (
     Rewrite,
     RewrittenProgram,
     as_temperature,
-    is_latent,
     read_temperature,
     refuse_other_discrete,
     rewrap,
@@ -151,36 +150,13 @@ class _Relaxation:
         self.temperature, self.straight_through = temperature, straight_through
 
     def handler(self) -> Messenger:
-        return _Relaxing(_Relaxer(read_temperature(self.temperature), straight_through=self.straight_through))
+        change = _Relaxer(read_temperature(self.temperature), straight_through=self.straight_through)
+        return Rewrite(change, "hard" if self.straight_through else "soft")
 
 
 class _Discretization:
     def handler(self) -> Messenger:
         return Rewrite(_discrete)
-
-
-class _Relaxing(Rewrite):
-    """Relaxes, and leaves a mark in `infer` by which a replay tells how the guide was relaxed."""
-
-    def __init__(self, change: _Relaxer) -> None:
-        super().__init__(change)
-        self.mark = "straight-through" if change.straight_through else "soft"
-        self.marked: set[str] = set()
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        fn = msg["fn"]
-        super()._pyro_sample(msg)
-        if msg["fn"] is not fn:
-            self.marked.add(msg["name"])
-            msg["infer"] = {**(msg["infer"] or {}), "relaxed": self.mark}
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        found = (msg["infer"] or {}).get("relaxed", self.mark)  # a replay has put the guide's in place
-        if msg["name"] in self.marked and is_latent(msg) and found != self.mark:
-            raise ValueError(
-                f"expected one relaxation of site {msg['name']!r} in model and guide, got a {self.mark} model and a {found} "
-                "guide: a density would meet a mass; pass the same straight_through to both"
-            )
 
 
 class _Relaxer:

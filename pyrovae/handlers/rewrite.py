@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyro.distributions as dist
 import torch
@@ -29,7 +29,7 @@ class RewrittenProgram:
 
     @property
     def temperature(self) -> Any:
-        """The temperature of a relaxation or surrogate, as it was given (a number as a 0-d tensor); None of other rules."""
+        """The temperature of a relaxation (a 0-d tensor or a function) or of a surrogate; None of other rules."""
         return getattr(self.rule, "temperature", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,16 +39,37 @@ class RewrittenProgram:
 
 
 class Rewrite(Messenger):
-    """Replaces the distribution of every latent site by `change(name, fn)`."""
+    """Replaces the distribution of every latent site by `change(name, fn)`.
 
-    def __init__(self, change: Callable[[str, Any], Any]) -> None:
+    With a mark ("soft" values have a density, "hard" ones a mass) the sites that it changes carry it in `infer`. A replay
+    puts the guide's `infer` in place of the model's, so that a model tells how its guide was rewritten.
+    """
+
+    def __init__(self, change: Callable[[str, Any], Any], mark: Literal["soft", "hard"] | None = None) -> None:
         super().__init__()
-        self.change = change
+        self.change, self.mark = change, mark
+        self.marked: set[str] = set()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         # A replayed value is already there, but `fn` still scores it: no early return on msg["done"].
-        if is_latent(msg):
-            msg["fn"] = rewrap(msg["fn"], lambda fn: self.change(msg["name"], fn))
+        if not is_latent(msg):
+            return
+        fn = msg["fn"]
+        msg["fn"] = rewrap(fn, lambda fn: self.change(msg["name"], fn))
+        if self.mark and msg["fn"] is not fn:
+            self.marked.add(msg["name"])
+            msg["infer"] = {**(msg["infer"] or {}), "pyrovae_values": self.mark}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] not in self.marked or not is_latent(msg):
+            return
+        found = (msg["infer"] or {}).get("pyrovae_values", self.mark)
+        if found != self.mark:
+            raise ValueError(
+                f"expected values of one kind at site {msg['name']!r} in model and guide, got a model rewritten for "
+                f"{self.mark} values and a guide for {found} ones: a density would meet a mass; wrap both alike, with the "
+                "same straight_through"
+            )
 
 
 def is_latent(msg: dict[str, Any]) -> bool:

@@ -70,7 +70,7 @@ class _Surrogates:
 
     def handler(self) -> Messenger:
         t = self.temperature
-        return Rewrite(_Change(self.estimator, t if isinstance(t, int | float) else read_temperature(t)))
+        return Rewrite(_Change(self.estimator, t if isinstance(t, int | float) else read_temperature(t)), "hard")
 
 
 class _Change:

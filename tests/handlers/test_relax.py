@@ -10,12 +10,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from stats import means_agree
 from torch import nn
 from torch.distributions import constraints, kl_divergence
 
 from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
 from pyrovae.guides import AmortizedMeanField, LocalMeanField
-from pyrovae.handlers import RelaxReparam, discretize, own_params, relax
+from pyrovae.handlers import RelaxReparam, discretize, own_params, relax, surrogate
 from pyrovae.inference import Exact
 from pyrovae.models import SigmoidBeliefNet, toy
 
@@ -348,6 +349,27 @@ def test_straight_through_is_the_true_discrete_bound():
         assert (loss == pytest.approx(float((log_q - log_p).detach()), rel=1e-12)) is straight_through
 
 
+def test_the_gradient_vanishes_on_average_where_the_guide_is_the_prior():
+    """Row by row; Pyro's straight-through relaxation against a discrete prior is drawn away from it."""
+    n, prior = 4000, torch.tensor([1.0, 0.0, -1.0, 0.5])
+
+    def gradients(model, guide):
+        logits = prior.repeat(n, 1).requires_grad_()
+        Trace_ELBO().differentiable_loss(model, lambda: guide(logits)).backward()
+        return logits.grad
+
+    def program(logits, family=dist.OneHotCategorical):
+        with pyro.plate("rows", n):
+            pyro.sample("z", family(logits=logits))
+
+    def quantized_family(logits):
+        return dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), logits=logits, validate_args=False)
+
+    for wrap in (lambda p: relax(p, 0.5, straight_through=True), surrogate, lambda p: relax(p, 0.5)):
+        assert means_agree(gradients(wrap(lambda: program(prior)), wrap(program)), torch.zeros(4))
+    assert not means_agree(gradients(lambda: program(prior), lambda logits: program(logits, quantized_family)), torch.zeros(4))
+
+
 def test_straight_through_programs_are_finite():
     """Exact enumeration takes a straight-through program as it is, and a factor guide keeps its kind and temperature."""
 
@@ -419,16 +441,20 @@ def test_a_mass_met_by_a_density_is_refused():
     """By the marks that relax leaves, which a replay carries, with validation off; by the values otherwise."""
     model, guide = hand_written()
     soft, hard = (lambda p: relax(p, 0.6)), (lambda p: relax(p, 0.6, True))
-    for p, q in ((soft(model), hard(guide)), (hard(model), soft(guide))):
+    wrong = [(soft, hard), (hard, soft), (soft, surrogate), (surrogate, soft)]
+    for p, q in ((one(model), other(guide)) for one, other in wrong):
         for validate in (False, True):
-            with pyro.validation_enabled(validate), pytest.raises(ValueError, match="one relaxation of site"):
+            with (
+                pyro.validation_enabled(validate),
+                pytest.raises(ValueError, match=r"values of one kind at site .* a density would meet a mass"),
+            ):
                 Trace_ELBO().loss(p, q)
     with pytest.raises(ValueError, match="expected soft values"):
         Trace_ELBO().loss(soft(model), guide)
     with pytest.raises(ValueError, match="got soft ones"):
         Trace_ELBO().loss(hard(model), hand_written(straight_through=False)[1])
-    for way in (soft, hard):
-        assert math.isfinite(Trace_ELBO().loss(way(model), way(guide)))
+    for one, other in ((soft, soft), (hard, hard), (surrogate, hard), (hard, surrogate)):
+        assert math.isfinite(Trace_ELBO().loss(one(model), other(guide)))
     assert math.isfinite(Trace_ELBO().loss(hard(model), hand_written(straight_through=True)[1]))
 
 
