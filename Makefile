@@ -4,11 +4,12 @@ PYTHON ?= python3
 OUT ?= pyrovae-report
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install help
+.PHONY: demo test lint reproduce install help
 
 help:
 	@echo "make demo   create $(VENV), install pyrovae and run 'pyrovae compare' (report in $(OUT)/)"
 	@echo "make test   create $(VENV), install pyrovae with its test tools; lint, types, tests"
+	@echo "make reproduce   published figures and ours (hours; needs MNIST in PYROVAE_DATA; outside the tests)"
 	@echo "VENV=path puts the environment elsewhere, PYTHON=python3.12 chooses the interpreter"
 
 demo: $(VENV)/.installed
@@ -25,6 +26,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check pyrovae tests examples benchmarks
 	@echo "== types"
 	$(BIN)/mypy
+
+reproduce: $(VENV)/.installed
+	$(BIN)/python benchmarks/step.py > benchmarks/results/step.txt
+	$(BIN)/python benchmarks/reproduce.py all
 
 install: $(VENV)/.installed
 
