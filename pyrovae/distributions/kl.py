@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 from torch.nn.functional import softplus
 
+from pyrovae.distributions.parameters import EXACT_SOFTPLUS
 from pyrovae.distributions.relaxed import RelaxedBernoulli, RelaxedOneHotCategorical
 
 
@@ -21,7 +22,7 @@ def _one_hot(p: Any, q: Any) -> Tensor:
 def _bit(p: Any, q: Any) -> Tensor:
     """σ(a) (a − b) − softplus(a) + softplus(b)."""
     a, b = p.logits, q.logits
-    return torch.sigmoid(a) * (a - b) - softplus(a, threshold=40.0) + softplus(b, threshold=40.0)
+    return torch.sigmoid(a) * (a - b) - softplus(a, threshold=EXACT_SOFTPLUS) + softplus(b, threshold=EXACT_SOFTPLUS)
 
 
 for _ours, _discrete, _kl in (

@@ -7,8 +7,6 @@ and scores them with the discrete log probability, so that nothing hidden travel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import pyro.distributions as dist
@@ -17,96 +15,14 @@ from torch import Size, Tensor
 from torch.distributions import constraints, transforms
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
-from torch.distributions.utils import probs_to_logits
 from torch.nn.functional import softplus
 
-
-class _Relaxed:
-    """What the two families share: parameters, shapes, copies and the messages of validation."""
-
-    has_rsample = True  # pathwise, or straight-through
-    straight_through: bool
-    rsample: Callable[..., Tensor]
-    _batch_shape: Size
-    _event_shape: Size
-    _validate_args: bool
-    _get_checked_instance: Callable[..., Any]
-    _torch_base: Any
-    _hard_name: str
-    _is_hard: Callable[[Tensor], bool]
-
-    def _set(self, temperature: Tensor, logits: Tensor, batch_shape: Size, *, straight_through: bool) -> None:
-        shape = batch_shape + self._event_shape
-        self._temperature = temperature
-        self._logits = logits if logits.shape == shape else logits.expand(shape)
-        self._batch_shape = batch_shape
-        self.straight_through = straight_through
-
-    @property
-    def temperature(self) -> Tensor:
-        """Temperature, 0-d or broadcastable to the batch shape."""
-        return self._temperature
-
-    @property
-    def base_dist(self) -> Any:
-        """Torch's distribution of the logarithms (logits), for code that takes the family as a transformed distribution."""
-        return self._torch_base(self._temperature, logits=self._logits, validate_args=False)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """A draw without gradient, `[*sample_shape, *batch_shape, *event_shape]`."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        """The same distribution with a larger batch shape; no memory is taken."""
-        new = self._get_checked_instance(type(self), _instance)
-        new._event_shape = self._event_shape
-        new._set(self._temperature, self._logits, Size(batch_shape), straight_through=self.straight_through)
-        new._validate_args = self._validate_args
-        return new
-
-    def _validate_sample(self, value: Tensor) -> None:
-        """Torch's check, with an explanation where a soft value meets a mass, or a hard one a density."""
-        try:
-            super()._validate_sample(value)  # type: ignore[misc]
-        except ValueError as error:
-            if not isinstance(value, Tensor) or not str(error).startswith("Expected value argument"):
-                raise
-            raise ValueError(self._explain(value)) from error
-
-    def _explain(self, value: Tensor) -> str:
-        name = type(self).__name__
-        if bool(torch.isnan(value).any()):
-            return f"expected values of {name} without NaN, got {int(torch.isnan(value).sum())}; check what drew them"
-        outside = bool((value < 0).any() | (value > 1).any())
-        if outside:
-            return f"expected values of {name} in [0, 1], got {float(value.min()):g} to {float(value.max()):g}"
-        if self.straight_through:
-            return (
-                f"expected {self._hard_name} values for the straight-through {name}, which scores them by a mass, got soft "
-                "ones; relax model and guide alike (straight_through on both, or on neither)"
-            )
-        if self._is_hard(value):
-            return (
-                f"expected soft values for the density of {name}, got exact {self._hard_name} ones: a mass has no density "
-                "here, and the difference of the two log probabilities means nothing; relax model and guide alike, or "
-                "score hard values with the discrete program"
-            )
-        return f"expected values of {name} that sum to 1, got sums from {float(value.sum(-1).min()):g} to " + (
-            f"{float(value.sum(-1).max()):g}"
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_normalized"}
-
-    def __repr__(self) -> str:
-        t = self._temperature
-        shown = f"{float(t):g}" if t.dim() == 0 else f"of shape {tuple(t.shape)}"
-        kind = ", straight_through=True" if self.straight_through else ""
-        return f"{type(self).__name__}(temperature {shown}, logits of shape {tuple(self._logits.shape)}{kind})"
+from pyrovae.distributions.parameters import EXACT_SOFTPLUS, as_logits, as_temperature, open_uniform, softmax
+from pyrovae.distributions.relaxed_base import Relaxed
+from pyrovae.distributions.supports import lowest, open_interval, open_simplex
 
 
-class RelaxedOneHotCategorical(_Relaxed, dist.RelaxedOneHotCategorical):
+class RelaxedOneHotCategorical(Relaxed, dist.RelaxedOneHotCategorical):
     """The Gumbel-Softmax (Concrete) relaxation of a OneHotCategorical.
 
     A draw is softmax((logits + G) / temperature) with Gumbel noise G: a point of the open simplex whose argmax has the law
@@ -165,8 +81,8 @@ class RelaxedOneHotCategorical(_Relaxed, dist.RelaxedOneHotCategorical):
     ) -> None:
         if validate_args is not None:
             self._validate_args = validate_args
-        logits = _parameter(type(self).__name__, probs, logits, validate=self._validate_args, event_dim=1)
-        t = _temperature(temperature, logits, validate=self._validate_args)
+        logits = as_logits(type(self).__name__, probs, logits, validate=self._validate_args, event_dim=1)
+        t = as_temperature(temperature, logits, validate=self._validate_args)
         if t.dim() and t.dim() == logits.dim() and t.shape[-1] == 1:
             t = t.squeeze(-1)
         self._event_shape = logits.shape[-1:]
@@ -175,7 +91,7 @@ class RelaxedOneHotCategorical(_Relaxed, dist.RelaxedOneHotCategorical):
     @constraints.dependent_property(event_dim=1)
     def support(self) -> constraints.Constraint:
         """The open simplex; one-hot vectors where straight-through."""
-        return constraints.one_hot if self.straight_through else _open_simplex
+        return constraints.one_hot if self.straight_through else open_simplex
 
     @property
     def transforms(self) -> list[Any]:
@@ -233,7 +149,7 @@ class RelaxedOneHotCategorical(_Relaxed, dist.RelaxedOneHotCategorical):
         return bool(constraints.one_hot.check(value).any())
 
 
-class RelaxedBernoulli(_Relaxed, dist.RelaxedBernoulli):
+class RelaxedBernoulli(Relaxed, dist.RelaxedBernoulli):
     """The relaxation of a Bernoulli: sigmoid((logits + L) / temperature) with logistic noise L.
 
     The case of two categories; bounds, `straight_through` and cost as in :class:`RelaxedOneHotCategorical`, with the log
@@ -277,14 +193,14 @@ class RelaxedBernoulli(_Relaxed, dist.RelaxedBernoulli):
     ) -> None:
         if validate_args is not None:
             self._validate_args = validate_args
-        logits = _parameter(type(self).__name__, probs, logits, validate=self._validate_args, event_dim=0)
-        t = _temperature(temperature, logits, validate=self._validate_args)
+        logits = as_logits(type(self).__name__, probs, logits, validate=self._validate_args, event_dim=0)
+        t = as_temperature(temperature, logits, validate=self._validate_args)
         self._set(t, logits, torch.broadcast_shapes(logits.shape, t.shape), straight_through=straight_through)
 
     @constraints.dependent_property(event_dim=0)
     def support(self) -> constraints.Constraint:
         """The open unit interval; {0, 1} where straight-through."""
-        return constraints.boolean if self.straight_through else _open_interval
+        return constraints.boolean if self.straight_through else open_interval
 
     @property
     def transforms(self) -> list[Any]:
@@ -322,125 +238,12 @@ class RelaxedBernoulli(_Relaxed, dist.RelaxedBernoulli):
         if self._validate_args:
             self._validate_sample(value)
         if self.straight_through:
-            return value * self._logits - softplus(self._logits, threshold=_EXACT)
+            return value * self._logits - softplus(self._logits, threshold=EXACT_SOFTPLUS)
         value = value.clamp(lowest(value.dtype), 1 - torch.finfo(value.dtype).eps)
         log_v, log_not_v = value.log(), torch.log1p(-value)
         d = self._logits - self._temperature * (log_v - log_not_v)
-        return self._temperature.log() + d - 2 * softplus(d, threshold=_EXACT) - log_v - log_not_v
+        return self._temperature.log() + d - 2 * softplus(d, threshold=EXACT_SOFTPLUS) - log_v - log_not_v
 
     @staticmethod
     def _is_hard(value: Tensor) -> bool:
         return bool(((value == 0) | (value == 1)).any())
-
-
-_EXACT = 40.0  # torch's default cut-off of softplus, 20, is off by 2e-9
-
-
-def open_uniform(shape: Size, like: Tensor) -> Tensor:
-    """Uniform values in (0, 1), away from both ends."""
-    eps = torch.finfo(like.dtype).eps
-    return torch.rand(shape, dtype=like.dtype, device=like.device).clamp_(eps, 1 - eps)
-
-
-def softmax(score: Tensor) -> Tensor:
-    """The softmax in steps that vectorise over all dims: torch's is five times slower for a handful of categories."""
-    e = (score - score.detach().amax(-1, keepdim=True)).exp()
-    return e / e.sum(-1, keepdim=True)
-
-
-def lowest(dtype: torch.dtype) -> float:
-    """The smallest relaxed value: its log and reciprocal are finite, and so are sums of reciprocals."""
-    limits = torch.finfo(dtype)
-    return limits.tiny / limits.eps
-
-
-def check_temperature(temperature: Any) -> None:
-    """Refuse a temperature that is not positive and finite.
-
-    Raises:
-        ValueError: saying so.
-    """
-    t = torch.as_tensor(temperature)
-    if not bool(((t > 0) & torch.isfinite(t)).all()):
-        got = f"{float(t):g}" if t.dim() == 0 else f"values from {float(t.min()):g} to {float(t.max()):g}"
-        raise ValueError(f"expected a positive, finite temperature, got {got}; values from 0.1 to 1 are usual")
-
-
-def _temperature(temperature: float | Tensor, logits: Tensor, *, validate: bool) -> Tensor:
-    if isinstance(temperature, Tensor):
-        if validate:
-            check_temperature(temperature)
-        return temperature.to(logits)
-    if not isinstance(temperature, Real):
-        raise ValueError(f"expected a temperature that is a number or a tensor, got {type(temperature).__name__}")
-    check_temperature(temperature)
-    return logits.new_tensor(float(temperature))
-
-
-def _parameter(family: str, probs: Any, logits: Any, *, validate: bool, event_dim: int) -> Tensor:
-    """The logits, as given or from the probabilities, as a floating tensor."""
-    if (probs is None) == (logits is None):
-        raise ValueError(f"expected either probs or logits for {family}, got {'none' if probs is None else 'both'}")
-    name = "probs" if logits is None else "logits"
-    given = probs if logits is None else logits
-    value = given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=torch.get_default_dtype())
-    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
-    if value.dim() < event_dim:
-        raise ValueError(f"expected {name} of {family} with a last dim of categories, got a 0-d tensor")
-    if validate and not bool(torch.isfinite(value).all()):
-        raise ValueError(
-            f"expected finite {name} for {family}, got {int((~torch.isfinite(value)).sum())} infinite or NaN of "
-            f"{value.numel()}; a category that is all but impossible has a logit of -30 or so"
-        )
-    if name == "logits":
-        return value
-    if validate and not bool(((value >= 0) & (value <= 1 + 1e-6)).all()):
-        raise ValueError(f"expected probs of {family} in [0, 1], got {float(value.min()):g} to {float(value.max()):g}")
-    if not event_dim:
-        return probs_to_logits(value, is_binary=True)
-    total = value.sum(-1)
-    if validate and not bool(((total - 1).abs() <= _simplex_tolerance(value)).all()):
-        raise ValueError(
-            f"expected probs of {family} that sum to 1, got sums from {float(total.min()):g} to {float(total.max()):g}; "
-            "normalise them, or pass their logarithms as logits"
-        )
-    return probs_to_logits(value / total.unsqueeze(-1))
-
-
-def _simplex_tolerance(value: Tensor) -> float:
-    """What rounding may take a sum of K values of total 1 away from 1."""
-    dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-    return max(1e-6, value.shape[-1] * torch.finfo(dtype).eps)
-
-
-class _OpenSimplex(constraints.Constraint):
-    """Positive vectors that sum to 1 up to rounding; not the corners."""
-
-    event_dim = 1
-
-    def check(self, value: Tensor) -> Tensor:
-        near = (value.sum(-1) - 1).abs() <= _simplex_tolerance(value)
-        valid = (value >= 0).all(-1) & near
-        return valid & ((value == 0).sum(-1) < value.shape[-1] - 1) if value.shape[-1] > 1 else valid
-
-
-class _OpenInterval(constraints.Constraint):
-    """Between 0 and 1, the ends excluded."""
-
-    def check(self, value: Tensor) -> Tensor:
-        return (value > 0) & (value < 1)
-
-
-_open_simplex, _open_interval = _OpenSimplex(), _OpenInterval()
-
-
-def _register() -> None:
-    """The bijections that autoguides and HMC look up, for our own constraints."""
-    registry = torch.distributions.constraint_registry
-    registry.biject_to.register(_OpenSimplex, lambda _: transforms.StickBreakingTransform())
-    registry.transform_to.register(_OpenSimplex, lambda _: transforms.SoftmaxTransform())
-    for each in (registry.biject_to, registry.transform_to):
-        each.register(_OpenInterval, lambda _: transforms.SigmoidTransform())
-
-
-_register()

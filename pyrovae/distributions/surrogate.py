@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn.functional import softplus
 
-from pyrovae.distributions.relaxed import check_temperature, open_uniform, softmax
+from pyrovae.distributions.parameters import EXACT_SOFTPLUS, check_temperature, open_uniform, softmax
 
 Estimator = Literal["reinmax", "straight_through"]
 
@@ -158,7 +158,7 @@ class SurrogateBernoulli(_Surrogate, dist.Bernoulli):
         """Log probability of `value [..., *batch_shape]`, linear in it."""
         if self._validate_args:
             self._validate_sample(value)
-        return value * self.logits - softplus(self.logits, threshold=40.0)
+        return value * self.logits - softplus(self.logits, threshold=EXACT_SOFTPLUS)
 
 
 def check_estimator(estimator: str) -> None:

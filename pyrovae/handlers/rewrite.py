@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal, Protocol
 
 import pyro.distributions as dist
@@ -10,7 +11,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrovae.distributions.relaxed import check_temperature
+from pyrovae.distributions.parameters import check_temperature
 
 
 class Rule(Protocol):
@@ -134,6 +135,8 @@ def as_temperature(temperature: Any) -> Any:
         return temperature
     if isinstance(temperature, Tensor):
         _check_scalar(temperature)
+    elif not isinstance(temperature, Real):
+        raise ValueError(f"expected a temperature that is a number, a 0-d tensor or a function, got {temperature!r}")
     check_temperature(temperature)
     return temperature if isinstance(temperature, Tensor) else torch.tensor(float(temperature))
 

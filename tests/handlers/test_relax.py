@@ -412,6 +412,12 @@ def test_a_temperature_is_learned_by_stock_svi(straight_through):
     assert set(pyro.get_param_store().keys()) == {"a", "d", "t"}
 
 
+def test_a_temperature_is_a_number_or_a_function():
+    for bad in ("hot", None, [0.5]):
+        with pytest.raises(ValueError, match="number, a 0-d tensor or a function"):
+            relax(Mixed(), bad)
+
+
 def test_functions_of_bad_temperatures():
     model, _ = hand_written()
     for bad in (lambda: 0.0, lambda: torch.tensor(-1.0), lambda: torch.tensor([0.5, 0.5]), lambda: math.nan):
