@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyrovae.handlers.structure import Latent, unmask
+from pyrovae.inference.narrow import narrow
 
 
 def analytic_kl(q: Any, p: Any) -> Tensor | None:
@@ -22,7 +22,7 @@ def analytic_kl(q: Any, p: Any) -> Tensor | None:
     split = q.event_dim == p.event_dim and q_events == p_events
     if not split:
         q, p = q.to_event(q_events), p.to_event(p_events)
-    q, p = _narrow(q, p)
+    q, p = narrow(q, p)
     shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)  # torch's formula of bits asks for equal shapes
     try:
         table: Tensor = kl_divergence(q.expand(shape), p.expand(shape))
@@ -51,9 +51,9 @@ def expected(latent: Latent, q: Any, value: Tensor) -> Tensor:
     fn, events = _base(q)
     categorical = getattr(fn, "_categorical", fn)
     if isinstance(categorical, torch.distributions.Categorical):
-        probs: Tensor = _narrow(fn)[0].probs
+        probs: Tensor = narrow(fn)[0].probs
     elif isinstance(fn, torch.distributions.Bernoulli):
-        p = _narrow(fn)[0].probs
+        p = narrow(fn)[0].probs
         probs = torch.stack((1 - p, p), -1)
     else:
         codes = latent.encode(value)
@@ -81,7 +81,7 @@ def code_usage(means: Tensor) -> Tensor:
 def _mean(q: Any, value: Tensor) -> Tensor:
     fn, _ = _base(q)
     try:
-        mean: Tensor = _narrow(fn)[0].mean
+        mean: Tensor = narrow(fn)[0].mean
     except (NotImplementedError, AttributeError):
         return value
     return mean if mean.dim() == fn.event_dim + len(fn.batch_shape) and not bool(torch.isnan(mean).any()) else value
@@ -93,33 +93,6 @@ def _base(fn: Any) -> tuple[Any, int]:
     while isinstance(fn, torch.distributions.Independent):
         fn, events = fn.base_dist, events + fn.reinterpreted_batch_ndims
     return fn, events
-
-
-_PARAMETERS: dict[type, tuple[str, ...]] = {
-    dist.Normal: ("loc", "scale"),
-    dist.Bernoulli: ("logits", "probs"),
-    dist.Categorical: ("logits", "probs"),
-    dist.OneHotCategorical: ("logits", "probs"),
-}
-
-
-def _narrow(*fns: Any) -> tuple[Any, ...]:
-    """Distributions without the repeats along their first dim, the particles', where none of them varies there."""
-    depth = max(len(fn.batch_shape) for fn in fns)
-    found = []
-    for fn in fns:
-        if len(fn.batch_shape) < depth or fn.batch_shape[:1] in ((), (1,)):
-            found.append(fn)
-            continue
-        source = getattr(fn, "_categorical", fn).__dict__
-        own = {name: source[name] for name in _PARAMETERS.get(type(fn), ()) if name in source}
-        still = {name: value[:1] for name, value in own.items() if value.stride(0) == 0}
-        if not still or (isinstance(fn, dist.Normal) and len(still) < 2):
-            return fns
-        if not isinstance(fn, dist.Normal):
-            still = dict(list(still.items())[:1])
-        found.append(type(fn)(**still, validate_args=False))
-    return tuple(found)
 
 
 def flat_rows(values: Tensor, batch_dims: int) -> Tensor:

@@ -15,6 +15,7 @@ from pyrovae.handlers.structure import Site, Structure, both, draw_sites, read_s
 from pyrovae.inference.elimination import Term
 from pyrovae.inference.factors import site_factor
 from pyrovae.inference.log_joint import LogJoint
+from pyrovae.inference.narrow import NarrowDraws
 from pyrovae.inference.posterior import Program, States
 from pyrovae.ops import effective_sample_size, log_mean_exp
 
@@ -257,7 +258,7 @@ def _draw(guide: Program, log_joint: LogJoint, count: int) -> Drawn:
     structure = log_joint.structure
     depth = structure.plate_depth
     particles = pyro.plate("num_particles_vectorized", count, dim=-1 - depth)
-    program = guide if count == 1 else particles(guide)
+    program = guide if count == 1 else NarrowDraws(particles(guide))
     sites = draw_sites(program, log_joint.args, log_joint.kwargs, structure.subsample)
     sites = {name: site for name, site in sites.items() if not site.observed}
     expected = {latent.name for latent in structure.latents}
