@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyrovae.guides.pilot import innermost_program
 from pyrovae.handlers import Module
+from pyrovae.handlers.anneal import ScaleLatents
 from pyrovae.ops.attention import RAW, attention_window
 from pyrovae.ops.lstm import lstm_step
 
@@ -27,6 +28,9 @@ class DRAWGuide(Module):
     canvas c and the decoder's output h^dec are those of the model's own decoder, so that the gradient reaches the model's
     parameters through the guide as well, as in the paper. They stay the model's: they are not among the parameters of the
     guide, and it makes no statement of them.
+
+    With `pyro.infer.TraceMeanField_ELBO` the loss is that of the paper, the KL(q(z_t | x, z_<t) || N(0, I)) of each step by
+    formula; with `Trace_ELBO` it is the same bound with the KL by draws.
 
     Plates, indices and beta are the model's. Cost a row: T steps of the decoder, and T·4·hidden·(visible + …)
     multiplications; x itself is multiplied once.
@@ -101,7 +105,7 @@ class DRAWGuide(Module):
         program, encoder = innermost_program(model), self.encoder
         decoder, names = program.decoder, program.latents
         values: dict[str, Tensor] = {}
-        with program.plate(x, batch_size=batch_size, index=index, num_data=num_data), program.weighted():
+        with program.plate(x, batch_size=batch_size, index=index, num_data=num_data), ScaleLatents(program.beta):
             drawing, state = decoder.start(), encoder.start(x.to(decoder.canvas))
             for name in names:
                 state = encoder.step(state, drawing.canvas, drawing.hidden)

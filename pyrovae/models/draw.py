@@ -10,7 +10,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
@@ -131,10 +130,6 @@ class DRAW(Module):
         """The plate `"data"` that a call with these arguments has; for guides."""
         return data_plate(x, self.visible, batch_size=batch_size, index=index, num_data=num_data)
 
-    def weighted(self) -> Messenger:
-        """A handler that multiplies log probabilities by beta, as those of the latents are; for guides."""
-        return ScaleLatents(self.beta)
-
     def forward(
         self,
         x: Tensor | None = None,
@@ -163,7 +158,7 @@ class DRAW(Module):
         with self.plate(x, batch_size=batch_size, index=index, num_data=num_data):
             if is_validation_enabled():
                 self._check(x)
-            with self.weighted():
+            with ScaleLatents(self.beta):
                 prior = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
                 latents = [pyro.sample(name, prior) for name in self.latents]
             return pyro.sample("x", self.likelihood(decoder.decode(latents)), obs=x)

@@ -9,7 +9,7 @@ import pytest
 import stats
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyrovae.guides import DRAWGuide
@@ -100,24 +100,31 @@ def log_joint_by_hand(d, latents, x, kind):
     return total + (x * p.log() + (1 - x) * (1 - p).log()).sum(-1)
 
 
-def elbo_by_hand(model, guide, x, noise, kind):
-    """The bound of each row with z_t = μ_t + σ_t noise_t: one pass, encoder and decoder in turn, as in the paper."""
+def elbo_by_hand(model, guide, x, noise, kind, *, formula=False):
+    """The bound of each row with z_t = μ_t + σ_t noise_t: one pass, encoder and decoder in turn, as in the paper.
+
+    With `formula` the paper's loss, its KL divergences by formula.
+    """
     d, e = leaves_of(model.decoder), leaves_of(guide.encoder)
     gates = e["gates.weight"]
     if kind == "plain":
         gates = torch.cat([e["image.weight"], gates], -1)
     canvas, drawn, memory = (d[name].expand(len(x), -1) for name in ("canvas", "hidden", "cell"))
     hidden, cell = (e[name].expand(len(x), -1) for name in ("hidden", "cell"))
-    latents, log_q = [], torch.zeros(len(x))
+    latents, log_q, kl = [], torch.zeros(len(x)), torch.zeros(len(x))
     for eps in noise:
         seen = read_from(e, x, x - 1 / (1 + torch.exp(-canvas)), drawn, kind)
         hidden, cell = lstm(gates, e["gates.bias"], [*seen, drawn], hidden, cell)
         head = hidden @ e["head.weight"].T + e["head.bias"]
         loc, log_scale = head[:, : eps.shape[-1]], head[:, eps.shape[-1] :]
         latents.append(loc + log_scale.exp() * eps)
+        kl = kl + 0.5 * (loc**2 + (2 * log_scale).exp() - 2 * log_scale - 1).sum(-1)
         log_q = log_q - (0.5 * eps**2 + log_scale + 0.5 * math.log(2 * math.pi)).sum(-1)
         drawn, memory = lstm(d["gates.weight"], d["gates.bias"], [latents[-1]], drawn, memory)
         canvas = canvas + draw_on(d, drawn, kind)
+    if formula:
+        p = 1 / (1 + torch.exp(-canvas))
+        return (x * p.log() + (1 - x) * (1 - p).log()).sum(-1) - kl
     return log_joint_by_hand(d, latents, x, kind) - log_q
 
 
@@ -169,6 +176,19 @@ def test_elbo_and_its_gradient(kind, own):
     with poutine.block():
         cut = -poutine.trace(poutine.condition(model, data=latents)).get_trace(x).log_prob_sum()
     assert not close(gradients(cut, model), {k: v for k, v in exact.items() if k.startswith("0.")}, 1e-3)
+
+
+@each
+def test_the_loss_of_the_paper(kind):
+    model, guide, x = build(kind)
+    with isolated_rng(7):
+        loss = TraceMeanField_ELBO().differentiable_loss(model, guide, x)
+    with isolated_rng(7):
+        noise = noise_of(x, 3, 2)
+    expected = -elbo_by_hand(model, guide, x, noise, kind, formula=True).sum()
+    assert torch.allclose(loss, expected, rtol=0, atol=1e-10)
+    assert close(gradients(loss, model, guide), gradients(expected, model, guide))
+    assert not torch.allclose(loss, -elbo_by_hand(model, guide, x, noise, kind).sum(), atol=1e-3)
 
 
 @each
@@ -266,7 +286,7 @@ def test_importance_sampling_agrees_with_quadrature():
     guided.compute_log_prob()
     scored.compute_log_prob()
     weights = sum(scored.nodes[k]["log_prob"] - (guided.nodes[k]["log_prob"] if k != "x" else 0) for k in ("z_1", "z_2", "x"))
-    ratio = (weights.view(n, 3) - evidence).exp()
+    ratio = (weights.view(n, 3) - evidence).exp().detach()
     assert stats.means_agree(ratio, torch.ones(3))
     assert not stats.means_agree(ratio * 1.1, torch.ones(3))
 
@@ -350,9 +370,9 @@ def test_beta_weighs_both_programs():
     for name, program in (("p", poutine.replay(model, latents)), ("q", poutine.replay(guide, latents))):
         trace = poutine.trace(program).get_trace(x)
         trace.compute_log_prob()
-        terms[name] = float(sum(trace.nodes[k]["log_prob_sum"] for k in model.latents))
+        terms[name] = float(sum(trace.nodes[k]["log_prob_sum"].detach() for k in model.latents))
         if name == "p":
-            pixels = float(trace.nodes["x"]["log_prob_sum"])
+            pixels = float(trace.nodes["x"]["log_prob_sum"].detach())
     for beta in (1.0, 3.0, 0.0):
         model.beta.fill_(beta)
         assert loss() == pytest.approx(-(pixels + beta * (terms["p"] - terms["q"])), abs=1e-9)
