@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pyrovae.diagnostics.bounds import log_weights, mean_weight, over_rows
 from pyrovae.diagnostics.sites import active_units, analytic_kl, code_usage, expected, flat_rows, sampled_kl
+from pyrovae.guides.amortized import evaluating
+from pyrovae.guides.pilot import innermost_program
 from pyrovae.handlers import check_measures, discretize, relax
 from pyrovae.handlers.rewrite import innermost
 from pyrovae.handlers.structure import Latent, check_whole_plates, read_structure
@@ -150,8 +152,9 @@ def evaluate(
     (`scale_kl`, `beta`, `poutine.scale`) are left out, a minibatch's plate counts the rows that it sees. The relaxed bound is
     that of the programs as they are given, where they have soft sites, or of both relaxed at `temperature`.
 
-    Rows of the data plate are taken in batches, particles in chunks, so that memory is bounded; where a latent lies outside
-    the data plate (one number for the data set), or the programs cannot run on some of the rows, only particles are.
+    Modules run in evaluation mode. Rows of the data plate are taken in batches, particles in chunks, so that memory is
+    bounded; where a latent lies outside the data plate (one number for the data set), or the programs cannot run on some of
+    the rows, only particles are.
     Cost: `num_particles` evaluations of the model a datum, and as many again where there is a relaxed bound.
 
     Args:
@@ -183,6 +186,19 @@ def evaluate(
     """
     if num_particles < 2:
         raise ValueError(f"expected num_particles >= 2, got {num_particles}")
+    with evaluating(innermost_program(model)), evaluating(innermost_program(guide)):
+        return _evaluate(model, guide, args, kwargs, num_particles, temperature, batch_size)
+
+
+def _evaluate(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    temperature: float | None,
+    batch_size: int | None,
+) -> Evaluation:
     begin = time.perf_counter()
     hard = discretize(model), discretize(guide)
     rows = split_rows(*hard, args, kwargs, num_particles, batch_size)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.diagnostics.bounds import log_weights, mean_weight
+from pyrovae.guides.amortized import evaluating
+from pyrovae.guides.pilot import innermost_program
 from pyrovae.handlers import discretize, relax
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.posterior import Program
@@ -73,6 +75,7 @@ def temperature_curve(
     curve is smooth where the bound is. As the temperature falls the relaxed bound need not tend to the hard one: it is that
     of densities, whose ratio at draws near a corner tends to the ratio of masses, and whose middle parts vanish slowly.
 
+    Modules run in evaluation mode.
     Cost: `num_particles` evaluations of the model a datum for each temperature, and as many for the hard bound.
 
     Args:
@@ -110,11 +113,12 @@ def temperature_curve(
         raise ValueError("expected Bernoulli or OneHotCategorical latents to relax, got none; use evaluate")
     pairs = [tuple(relax(program, float(value)) for program in hard) for value in values]
     seed = int(torch.randint(2**31, ()))
-    hard_rows, _ = mean_weight(log_weights(rows, *hard, num_particles))
     relaxed_rows = []
-    for of_model, of_guide in pairs:
-        with isolated_rng(seed):
-            relaxed_rows.append(mean_weight(log_weights(rows, of_model, of_guide, num_particles))[0])
+    with evaluating(innermost_program(model)), evaluating(innermost_program(guide)):
+        hard_rows, _ = mean_weight(log_weights(rows, *hard, num_particles))
+        for of_model, of_guide in pairs:
+            with isolated_rng(seed):
+                relaxed_rows.append(mean_weight(log_weights(rows, of_model, of_guide, num_particles))[0])
     relaxed = torch.stack(relaxed_rows)
     mean, stderr = _over_rows(relaxed)
     gap, gap_stderr = _over_rows(relaxed - hard_rows)

@@ -9,9 +9,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyrovae.guides.amortized import evaluating
+from pyrovae.guides.pilot import innermost_program
 from pyrovae.handlers import discretize
 from pyrovae.handlers.rewrite import innermost
-from pyrovae.handlers.structure import Site, draw_sites, run_sites, unmask
+from pyrovae.handlers.structure import Site, draw_sites, read_structure, run_sites, unmask
 from pyrovae.ops import isolated_rng
 
 
@@ -21,7 +23,7 @@ def embed(guide: Callable[..., Any], *args: Any, num_samples: int = 100, **kwarg
 
     Relaxed sites are made discrete. A site that is drawn given others (`AmortizedStructured`, `DRAWGuide`) is averaged over
     `num_samples` draws of those, always the same ones; all other means are exact, and so is the answer of two calls. The
-    caller's random state and parameter store stay as they are.
+    caller's random state and parameter store stay as they are; modules run in evaluation mode.
 
     Args:
         guide: any Pyro guide, perhaps relaxed.
@@ -42,7 +44,7 @@ def embed(guide: Callable[..., Any], *args: Any, num_samples: int = 100, **kwarg
     if num_samples < 2:
         raise ValueError(f"expected num_samples >= 2, got {num_samples}")
     program = discretize(guide)
-    with isolated_rng(0):
+    with isolated_rng(0), evaluating(innermost_program(guide)):
         first, second = (_means(program, args, kwargs) for _ in range(2))
         moving = [name for name in first if not torch.equal(first[name], second[name])]
         total = {name: first[name] + second[name] for name in moving}
@@ -59,6 +61,7 @@ def reconstruct(
     """The model's mean of the data given codes of them: E[x' | z] averaged over draws z ~ q(z | x).
 
     Relaxed sites are made discrete, so that codes are hard. Draws from the caller's random state; the parameter store stays.
+    Modules run in evaluation mode.
 
     Args:
         model: a Pyro program, perhaps relaxed.
@@ -71,7 +74,7 @@ def reconstruct(
         Means of the observed site that is the first argument (else of the last observed one), with its shape.
 
     Raises:
-        ValueError: if the model observes nothing, or its likelihood has no mean.
+        ValueError: if the guide's sites are not the model's latents, the model observes nothing, or its likelihood has no mean.
 
     Example:
         >>> from pyrovae.guides import AmortizedMeanField
@@ -84,11 +87,19 @@ def reconstruct(
         raise ValueError(f"expected num_samples >= 1, got {num_samples}")
     hard_model, hard_guide = discretize(model), discretize(guide)
     total: Tensor | None = None
-    for _ in range(num_samples):
-        subsample: dict[str, Tensor] = {}
-        drawn = {n: s.value for n, s in draw_sites(hard_guide, args, kwargs, subsample).items() if not s.observed}
-        mean = _mean_of_data(run_sites(hard_model, args, kwargs, drawn, subsample), args)
-        total = mean if total is None else total + mean
+    with evaluating(innermost_program(model)), evaluating(innermost_program(guide)):
+        structure = read_structure(hard_model, args, kwargs)
+        names = {latent.name for latent in structure.latents}
+        for _ in range(num_samples):
+            sites = draw_sites(hard_guide, args, kwargs, structure.subsample)
+            drawn = {name: site.value for name, site in sites.items() if not site.observed}
+            if set(drawn) != names:
+                raise ValueError(
+                    f"expected the guide to sample the model's latents {sorted(names)}, got {sorted(drawn)}; give both the "
+                    "same site names"
+                )
+            mean = _mean_of_data(run_sites(hard_model, args, kwargs, drawn, structure.subsample), args)
+            total = mean if total is None else total + mean
     assert total is not None
     return total / num_samples
 

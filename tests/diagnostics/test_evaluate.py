@@ -14,7 +14,7 @@ from torch import nn
 
 from pyrovae.diagnostics import evaluate
 from pyrovae.distributions import CrossEntropy
-from pyrovae.guides import AmortizedMeanField, AmortizedStructured, LocalMeanField
+from pyrovae.guides import AmortizedMeanField, AmortizedStructured, LocalMeanField, embed, reconstruct
 from pyrovae.handlers import discretize, relax, scale_kl, surrogate
 from pyrovae.inference import Exact, Importance
 from pyrovae.inference.log_joint import LogJoint
@@ -420,6 +420,21 @@ def test_refusals(net):
 
     with pytest.raises(ValueError, match="expected rows that are independent"):
         evaluate(mixing, q, torch.randn(5, 2))
+
+
+def test_modules_run_in_evaluation_mode():
+    """Batch statistics would mix the rows; the running ones do not, and stay."""
+    model = toy.LinearGaussian()
+    guide = AmortizedMeanField(model, nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    x = model(batch_size=6).detach()
+    before = {k: v.clone() for k, v in guide.state_dict().items()}
+    found = evaluate(model, guide, x, num_particles=20)
+    assert torch.equal(found.kl["z"][:2], evaluate(model, guide, x[:2], num_particles=20).kl["z"])
+    assert all(torch.equal(v, before[k]) for k, v in guide.state_dict().items())
+    assert all(module.training for module in guide.modules())
+    assert torch.equal(embed(guide, x)["z"][:2], embed(guide, x[:2])["z"])
+    reconstruct(model, guide, x)
+    assert all(torch.equal(v, before[k]) for k, v in guide.state_dict().items())
 
 
 def test_nothing_is_left_behind():

@@ -92,6 +92,15 @@ def test_refusals():
     with pytest.raises(ValueError, match="expected num_samples >= 2, got 1"):
         embed(plain, x, num_samples=1)
 
+    def other(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h2", dist.Bernoulli(torch.zeros(3)).to_event(1))
+
+    with pytest.raises(ValueError, match=r"expected the guide to sample the model's latents \['h1'\], got \['h2'\]"):
+        reconstruct(net, other, x)
+    with pytest.raises(ValueError, match=r"expected x in \{0, 1\}"):
+        reconstruct(net, plain, 255 * x)
+
     def blind(x):
         with pyro.plate("data", len(x)):
             pyro.sample("h1", dist.Bernoulli(torch.zeros(3)).to_event(1))
