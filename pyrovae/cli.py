@@ -1,4 +1,4 @@
-"""The command line: `pyrovae compare`."""
+"""The command line: `pyrovae compare`; and the app, to which `cli_train` adds its commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pyrovae.cli_train import evaluate_command, sample_command, train_command
 from pyrovae.console import check_threads, clear_errors, integers, own_process, print_legend, progress_bar
 
 import rich.markup  # isort: skip  after console, which puts back the random state that the first import draws from
@@ -225,6 +226,10 @@ def _print(job: MainJob) -> None:
         console.print(f"- {note}", markup=False, style="dim")
     console.print()
 
+
+app.command("train")(train_command)
+app.command("sample")(sample_command)
+app.command("evaluate")(evaluate_command)
 
 if __name__ == "__main__":
     app()

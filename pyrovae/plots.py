@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyrovae.compare import Comparison
+    from pyrovae.diagnostics import TemperatureCurve
 
 # Okabe and Ito's colours, told apart by colour-blind readers; https://jfly.uni-koeln.de/color/
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7A5195")
@@ -329,6 +330,134 @@ def reconstruction_grid(
     return _picture(canvas.numpy(), title, subtitle, dark=dark)
 
 
+def training_curve(history: Sequence[Mapping[str, Any]], *, steps_per_epoch: int = 1, dark: bool = False) -> Figure | None:
+    """The unrelaxed bound while a model trains, on training and on validation rows. None with fewer than two records.
+
+    Args:
+        history: records with `step`, `bound` and `validation`, as of a `Fit`; values that are None or not finite are left out.
+        steps_per_epoch: of the horizontal axis.
+        dark: for a dark page.
+    """
+    look = _look(dark=dark)
+    kept = {
+        "training rows": ("bound", _COLOURS[0]),
+        "validation rows": ("validation", _COLOURS[1]),
+    }
+    curves = {}
+    for name, (key, _) in kept.items():
+        values = [(entry["step"] / steps_per_epoch, _number(entry.get(key))) for entry in history]
+        points = [(x, y) for x, y in values if y is not None and math.isfinite(y)]
+        if len(points) > 1:
+            curves[name] = points
+    if not curves:
+        return None
+    figure, (axes,) = _figure(look, 8.4, 4.2, right=0.8)
+    colours = {name: colour for name, (_, colour) in kept.items()}
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), color=colours[name], lw=1.9, marker="o", ms=3)
+    best = max(y for points in curves.values() for _, y in points)
+    early = min(points[min(len(points) - 1, max(1, len(points) // 10))][1] for points in curves.values())
+    floor = early - 0.05 * max(best - early, 0.05)
+    axes.set_ylim(floor, best + 0.06 * (best - floor))
+    axes.set_xlim(left=0)
+    _end_labels(axes, {name: points[-1][1] for name, points in curves.items()}, {name: name for name in curves}, colours)
+    axes.set_xlabel("step" if steps_per_epoch == 1 else "epoch")
+    axes.set_ylabel("nats per datum")
+    _title(
+        figure,
+        look,
+        "The unrelaxed bound while training",
+        "hard samples, KL weight 1: a lower bound of log p(x), in expectation",
+    )
+    return figure
+
+
+def temperature_curve(curve: TemperatureCurve, *, dark: bool = False) -> Figure:
+    """The relaxed objective at each temperature beside the unrelaxed bound, which has none; bands are ± 2 s.e. over rows.
+
+    Args:
+        curve: of :func:`pyrovae.diagnostics.temperature_curve`.
+        dark: for a dark page.
+    """
+    look = _look(dark=dark)
+    figure, (axes,) = _figure(look, 8.4, 4.2, right=0.76)
+    order = curve.temperatures.argsort()
+    x, relaxed, error = ([float(v) for v in part[order]] for part in (curve.temperatures, curve.relaxed, curve.relaxed_stderr))
+    colours = {"unrelaxed (≥)": _COLOURS[0], "relaxed (no bound)": _COLOURS[1]}
+    for name, values, errors in (
+        ("unrelaxed (≥)", [curve.hard] * len(x), [curve.hard_stderr] * len(x)),
+        ("relaxed (no bound)", relaxed, error),
+    ):
+        axes.plot(x, values, color=colours[name], lw=2, marker="o", ms=4)
+        if all(math.isfinite(e) for e in errors):
+            low, high = zip(*((v - 2 * e, v + 2 * e) for v, e in zip(values, errors, strict=True)), strict=True)
+            axes.fill_between(x, low, high, color=colours[name], alpha=0.18, lw=0)
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{value:g}" for value in x])
+    axes.minorticks_off()
+    if len(x) == 1:
+        axes.set_xlim(x[0] / 2, x[0] * 2)
+    _end_labels(
+        axes, {"unrelaxed (≥)": curve.hard, "relaxed (no bound)": relaxed[-1]}, {name: name for name in colours}, colours
+    )
+    axes.set_xlabel("temperature")
+    axes.set_ylabel("nats per datum")
+    _title(
+        figure,
+        look,
+        "Relaxed and unrelaxed",
+        "one trained model; only the blue line bounds log p(x) from below, in expectation",
+    )
+    return figure
+
+
+def latents(
+    kl: Mapping[str, Tensor],
+    usage: Mapping[str, Tensor] | None = None,
+    *,
+    values: Mapping[str, int] | None = None,
+    dark: bool = False,
+) -> Figure:
+    """KL(q ‖ p) of every latent as bars, and how many of its values a discrete latent uses.
+
+    Args:
+        kl: by site, `[components]`, averaged over the data. Of more than 5 sites, each is one bar.
+        usage: by discrete site, `[components]`, the perplexity of q(z) averaged over the data.
+        values: by discrete site, the number of its values.
+        dark: for a dark page.
+    """
+    look, usage, values = _look(dark=dark), usage or {}, values or {}
+    rows = {name: [float(v) for v in part.reshape(-1)] for name, part in kl.items()}
+    if len(rows) > 5:
+        rows, usage = {"all sites": [sum(part) for part in rows.values()]}, {}
+    panels = 2 if usage else 1
+    figure, axes = _figure(look, 9.6, 1.0 + 1.75 * len(rows), panels, len(rows), left=0.08, right=0.98)
+    for i, (name, bars) in enumerate(rows.items()):
+        panel = axes[panels * i]
+        panel.bar(range(len(bars)), bars, color=_COLOURS[0], width=0.8 if len(bars) < 60 else 1.0)
+        panel.set_ylabel(f"{name}: nats")
+        panel.set_xlabel("site, in order" if name == "all sites" else "latent")
+        panel.set_title("KL(q ‖ p)", fontsize=9.5, loc="left", color=look.ink, pad=4)
+        _whole_ticks(panel, len(bars))
+        if panels == 1:
+            continue
+        if name not in usage:
+            axes[panels * i + 1].set_visible(False)
+            continue
+        panel, used = axes[panels * i + 1], [float(v) for v in usage[name].reshape(-1)]
+        panel.bar(range(len(used)), used, color=_COLOURS[2], width=0.8 if len(used) < 60 else 1.0)
+        panel.set_title("values in use (perplexity)", fontsize=9.5, loc="left", color=look.ink, pad=4)
+        panel.set_xlabel("latent")
+        panel.set_ylim(0, 1.06 * max([values.get(name, 0), 1, *used]))
+        if name in values:
+            panel.axhline(values[name], color=look.soft, lw=1, ls=(0, (3, 3)))
+        _whole_ticks(panel, len(used))
+    about = "a latent at 0 nats says nothing"
+    about += "; dashed: the number of values; a latent that is stuck at one has 1 in use" if usage else ""
+    _title(figure, look, "What each latent says about an image", about)
+    return figure
+
+
 # --- Looks -----------------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +566,12 @@ def _name_rows(axes: Axes, names: Sequence[str], colours: Mapping[str, str]) -> 
     axes.tick_params(axis="y", length=0, labelsize=10)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_color(colours[name])
+
+
+def _whole_ticks(axes: Axes, count: int) -> None:
+    step = max(1, math.ceil(count / 12))
+    axes.set_xticks(range(0, count, step), [str(k + 1) for k in range(0, count, step)])
+    axes.set_xlim(-0.7, count - 0.3)
 
 
 def _say(axes: Axes, x: float, y: float, words: str, look: _Look, colour: str | None = None) -> None:

@@ -57,7 +57,7 @@ class Table:
     """A table ready to print.
 
     Attributes:
-        task: `"learning"` or `"inference"`.
+        task: what was done, such as `"learning"` or `"inference"`.
         columns: key and title of each column.
         rows: one a method, cells in the order of the columns; the last column holds the notes.
         unit: of evidences, bounds and their differences.
@@ -125,9 +125,9 @@ def markdown(comparison: Comparison) -> str:
 
 def html_tables(comparison: Comparison) -> str:
     """The tables as an HTML fragment with its own style, as notebooks show them."""
-    parts = [_html_table(table) for table in tables(comparison)]
+    parts = [html_table(table) for table in tables(comparison)]
     line = "; ".join(f"{name}: {value}" for name, value in facts(comparison).items())
-    return f'<div class="pyrovae"><style>{_TABLE_STYLE}</style>{"".join(parts)}{_html_legend()}<p>{html.escape(line)}</p></div>'
+    return f'<div class="pyrovae"><style>{_TABLE_STYLE}</style>{"".join(parts)}{html_legend()}<p>{html.escape(line)}</p></div>'
 
 
 def save(comparison: Comparison, folder: str | Path) -> Path:
@@ -181,7 +181,7 @@ def write_report(
         grids: Mapping[str, Figure] = {}
         if samples:
             grids = {shade: plots.samples_grid(samples, dark=shade == "dark") for shade in ("light", "dark")}
-            grids["light"].savefig(stage / "samples.png", dpi=_DPI)
+            grids["light"].savefig(stage / "samples.png", dpi=DPI)
         (stage / "report.html").write_text(_page(comparisons, title, grids, notes), encoding="utf-8")
     return Path(folder) / "report.html"
 
@@ -224,6 +224,19 @@ def staged(folder: str | Path) -> Iterator[Path]:
             os.replace(file, target)
     finally:
         shutil.rmtree(outer, ignore_errors=True)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all, in the format of its suffix."""
+    handle, name = tempfile.mkstemp(prefix=".pyrovae-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        figure.savefig(name, dpi=DPI)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 # --- Numbers as text -------------------------------------------------------------------------------------------------
@@ -360,10 +373,10 @@ def _write(comparisons: Mapping[str, Comparison], stage: Path) -> None:
                 data = posterior.to_arviz()
             _write_netcdf(data, path)
         for key, figure in _figures(comparison).items():
-            figure.savefig(stage / f"{key if prefix == '' or len(records) == 1 else prefix + key}.png", dpi=_DPI)
+            figure.savefig(stage / f"{key if prefix == '' or len(records) == 1 else prefix + key}.png", dpi=DPI)
     (stage / "comparison.md").write_text("\n".join(texts), encoding="utf-8")
     content = records if len(records) > 1 else next(iter(records.values()))
-    (stage / "comparison.json").write_text(json.dumps(_plain(content), indent=1, allow_nan=False), encoding="utf-8")
+    (stage / "comparison.json").write_text(json.dumps(plain(content), indent=1, allow_nan=False), encoding="utf-8")
 
 
 def _figures(comparison: Comparison, *, dark: bool = False) -> dict[str, Figure]:
@@ -403,12 +416,12 @@ def _record(comparison: Comparison) -> dict[str, Any]:
     return record
 
 
-def _plain(value: Any) -> Any:
-    """Numbers, text, lists and dicts; None where a number is not finite."""
+def plain(value: Any) -> Any:
+    """What JSON can hold: numbers, text, lists and dicts; None where a number is not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, (str, bool)):
         return value
     if hasattr(value, "item"):
@@ -451,7 +464,7 @@ def _unique(slug: str, taken: set[str]) -> str:
 
 # --- The page --------------------------------------------------------------------------------------------------------
 
-_DPI = 160
+DPI = 160
 _CAPTIONS = {
     "curves": "What each method reports while it learns. Lines without colour are exact log p(x); the others are bounds of it.",
     "learned": "Left: filled, the exact log p(x) of what was learned; hollow, the bound that the method reports. The line "
@@ -466,34 +479,48 @@ def _page(comparisons: Mapping[str, Comparison], title: str, grids: Mapping[str,
     sections = []
     for name, comparison in comparisons.items():
         parts = [f"<h2>{html.escape(_HEADINGS.get(name, name))}</h2>"]
-        parts += [_html_table(table) for table in tables(comparison)]
+        parts += [html_table(table) for table in tables(comparison)]
         light, dark = _figures(comparison), _figures(comparison, dark=True)
-        parts += [_html_picture({"light": light[key], "dark": dark[key]}, _CAPTIONS[key]) for key in light]
+        parts += [html_picture({"light": light[key], "dark": dark[key]}, _CAPTIONS[key]) for key in light]
         sections.append(f"<section>{''.join(parts)}</section>")
     if grids:
         caption = "Data, and draws from each learned net: what it believes the data look like."
-        sections.append(f"<section><h2>Samples</h2>{_html_picture(grids, caption)}</section>")
+        sections.append(f"<section><h2>Samples</h2>{html_picture(grids, caption)}</section>")
     ends = []
     for name, comparison in comparisons.items():
-        listed = "".join(
-            f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in facts(comparison).items()
-        )
-        settings = "".join(
-            f"<tr><th>{html.escape(method)}</th><td>{html.escape(_settings(described))}</td></tr>"
-            for method, described in comparison.metadata["methods"].items()
-        )
+        settings = {name: _settings(described) for name, described in comparison.metadata["methods"].items()}
         ends.append(
-            f"<h3>{html.escape(name)}</h3><div class=scroll><table class=plain>{listed}</table></div>"
-            f"<details open><summary>Methods</summary><div class=scroll><table class=plain>{settings}</table></div></details>"
+            f"<h3>{html.escape(name)}</h3>{html_facts(facts(comparison))}"
+            f"<details open><summary>Methods</summary>{html_facts(settings)}</details>"
         )
+    return page(title, _LEAD, notes, sections, "".join(ends))
+
+
+def page(title: str, lead: str, notes: Sequence[str], sections: Sequence[str], ends: str) -> str:
+    """One self-contained HTML page in the style of the reports, for light and dark screens, phones and paper.
+
+    Args:
+        title: of the page.
+        lead: a sentence beneath it.
+        notes: sentences for the reader, above the sections.
+        sections: HTML of each section.
+        ends: HTML of the settings and versions.
+    """
     return Template(_PAGE).substitute(
         title=html.escape(title),
         style=_TABLE_STYLE + _PAGE_STYLE,
-        legend=_html_legend(),
+        lead=html.escape(lead),
+        legend=html_legend(),
         notes="".join(f"<li>{html.escape(note)}</li>" for note in notes),
         sections="".join(sections),
-        ends="".join(ends),
+        ends=ends,
     )
+
+
+def html_facts(facts: Mapping[str, Any]) -> str:
+    """Names and values as a plain table."""
+    rows = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in facts.items())
+    return f"<div class=scroll><table class=plain>{rows}</table></div>"
 
 
 def _settings(described: Mapping[str, Any]) -> str:
@@ -506,7 +533,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _html_table(table: Table) -> str:
+def html_table(table: Table) -> str:
     """The numbers as a table, the notes as a list beneath it."""
     columns = table.columns[:-1]
     head = "".join(f"<th>{html.escape(title)}</th>" for _, title in columns)
@@ -531,7 +558,8 @@ def _html_cell(key: str, cell: Cell) -> str:
     return f'<{tag} class="{key}">{text}</{tag}>'
 
 
-def _html_legend() -> str:
+def html_legend() -> str:
+    """What the marks mean."""
     items = "".join(
         f'<span><span class="m {mark}">{html.escape(SYMBOLS[mark])}</span> {html.escape(words)}</span>'
         for mark, words in LEGEND.items()
@@ -539,8 +567,8 @@ def _html_legend() -> str:
     return f'<p class="legend">{items}<span>± one standard error</span><span>blank: not defined</span></p>'
 
 
-def _html_picture(figures: Mapping[str, Figure], caption: str) -> str:
-    """An image for light and one for dark pages."""
+def html_picture(figures: Mapping[str, Figure], caption: str) -> str:
+    """An image within the page: one for light screens and one for dark ones, by "light" and "dark"."""
     sources = {shade: f"data:image/png;base64,{_encoded(figure)}" for shade, figure in figures.items()}
     alternative = html.escape(caption)
     return (
@@ -551,7 +579,7 @@ def _html_picture(figures: Mapping[str, Figure], caption: str) -> str:
 
 def _encoded(figure: Figure) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
+    figure.savefig(buffer, format="png", dpi=DPI)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -594,11 +622,13 @@ figure,tr{break-inside:avoid}
 .m.exact{background:#1a1a1a!important;color:#fff!important}.m{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
+_LEAD = "Know how wrong your fit is: each method beside the exact answer, and each number says what it is."
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title><style>$style</style></head><body>
 <h1>$title</h1>
-<p class="lead">Know how wrong your fit is: each method beside the exact answer, and each number says what it is.</p>
+<p class="lead">$lead</p>
 $legend
 <ul class="notes">$notes</ul>
 $sections

@@ -20,7 +20,10 @@ ORDER = [
     {"models", "guides"},
     {"inference"},
     {"diagnostics"},
-    {"compare", "report", "plots"},  # one layer: they may import one another
+    {"compare", "report", "report_evaluation", "plots"},  # one layer: they may import one another
+    {"families"},
+    {"train_settings"},
+    {"run_folder"},
     {"main_job", "train_job"},
     {"console"},
     {"cli_train"},
