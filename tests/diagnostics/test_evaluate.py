@@ -340,6 +340,33 @@ def test_plates_inside_the_batch_and_masks():
     assert torch.allclose(one_sided.kl["z"], torch.full((4, 3, 2), 0.125))
 
 
+@pytest.mark.parametrize("outer", ["docs", "words"])
+def test_batches_of_rows_at_any_plate(outer):
+    """Rows of a plate that is not the last; results stand where the plates stand."""
+    x = torch.randn(5, 4)
+    data = x if outer == "docs" else x.T.contiguous()  # of which the first axis is split
+
+    def program(name):
+        def run(data):
+            docs = pyro.plate("docs", 5, dim=-2) if outer == "words" else pyro.plate("docs", len(data), dim=-2)
+            words = pyro.plate("words", 4, dim=-1) if outer == "docs" else pyro.plate("words", len(data), dim=-1)
+            wide = data if outer == "docs" else data.T
+            with docs, words:
+                loc = torch.zeros(2) if name == "p" else torch.stack((wide, -wide), -1)
+                z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+                if name == "p":
+                    pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=wide)
+
+        return run
+
+    model, guide = program("p"), program("q")
+    parts = evaluate(model, guide, data, num_particles=K, batch_size=2)
+    assert torch.allclose(parts.kl["z"], 0.5 * x.square().unsqueeze(-1).expand(5, 4, 2))
+    elbo = dist.Normal(0.0, 1.0).log_prob(x) - 1.0 - x.square()  # the mean of x − z1 − z2 is x, its variance 2
+    assert largest_z(parts.analytic_elbo, elbo, parts.analytic_stderr) < bound(20, K - 1)
+    assert largest_z(parts.analytic_elbo.flip(0), elbo, parts.analytic_stderr) > bound(20, K - 1)
+
+
 def test_programs_that_run_one_state_at_a_time(net):
     model, guide, x, exact = net
 

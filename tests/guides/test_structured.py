@@ -196,6 +196,20 @@ def test_scales_of_the_models_own_beta():
             assert float(q.nodes[name]["scale"]) == pytest.approx(0.25 * (7 / 3 if call else 1))
 
 
+@pytest.mark.parametrize("wrap", ["relaxed", "straight-through", "surrogate"])
+def test_of_a_model_that_is_wrapped_itself(wrap):
+    model = hierarchical()
+    x = model.sample(5)
+    wrapped = WRAPS[wrap](model)
+    guide = AmortizedStructured(wrapped)
+    other = AmortizedStructured(model)
+    other.load_state_dict(guide.state_dict())
+    torch.manual_seed(2)
+    first = Trace_ELBO().loss(wrapped, guide, x)
+    torch.manual_seed(2)
+    assert Trace_ELBO().loss(wrapped, WRAPS[wrap](other), x) == pytest.approx(first)
+
+
 def test_predictive_and_copies():
     model = hierarchical()
     guide = AmortizedStructured(model)
