@@ -253,6 +253,15 @@ def on_cpu(value: Any) -> Any:
     )
 
 
+def config_of(program: Any) -> dict[str, Any] | None:
+    """The constructor's arguments, where a program declares them as `config` and JSON can hold them."""
+    try:
+        config = getattr(program, "config", None)
+        return json.loads(json.dumps(config)) if isinstance(config, dict) else None
+    except (TypeError, ValueError):  # such as an activation of the user's own
+        return None
+
+
 def finite(value: Any) -> Any:
     """Plain values, nested, with None for numbers that JSON lacks."""
     if isinstance(value, Mapping):

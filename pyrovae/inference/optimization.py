@@ -51,7 +51,7 @@ class Optimization:
         self, method: Variational, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, learn_model: bool
     ) -> None:
         self.method, self.model, self.args, self.kwargs = method, model, args, kwargs
-        self.evaluations = 0
+        self.learn_model, self.evaluations = learn_model, 0
         self.rows = num_rows(args)
         self.known = set(pyro.get_param_store()._params)  # before this run
         self.batches = Batches(args, kwargs, method.batch_size, method._prepared)
@@ -241,8 +241,9 @@ class Optimization:
         optim, method = self.method.optim, self.method
         is_pyro = isinstance(optim, pyro.optim.PyroOptim)
         self.optimizer = copy.deepcopy(optim) if is_pyro else make_optimizer(optim, self.learned)
-        self.scheduler = make_scheduler(method.scheduler, self.optimizer)
-        self.average = None if method.average is None else Average(self.learned, method.average)
+        if self.learn_model:
+            self.scheduler = make_scheduler(method.scheduler, self.optimizer)
+            self.average = None if method.average is None else Average(self.learned, method.average)
 
     def _move(self) -> None:
         if not isinstance(self.optimizer, pyro.optim.PyroOptim):

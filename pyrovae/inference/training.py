@@ -189,7 +189,7 @@ class Training:
     def _account(self) -> dict[str, Any]:
         method = self.method
         programs = {"model": root_module(self.model), "guide": root_module(method.guide)}
-        configs = {name: getattr(module, "config", None) for name, module in programs.items()}
+        configs = {name: files.config_of(module) for name, module in programs.items()}
         return {
             "step": self.step,
             "epoch": self.history[-1]["epoch"],
@@ -202,7 +202,7 @@ class Training:
             "data": self.data,
             "architecture": self.saved.architecture(),
             "programs": {name: type(module).__name__ for name, module in programs.items() if module is not None},
-            "config": {name: config for name, config in configs.items() if isinstance(config, dict)},
+            "config": {name: config for name, config in configs.items() if config},
             "history": self.history,
         }
 

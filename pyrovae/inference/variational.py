@@ -74,7 +74,8 @@ class Variational:
             (:func:`pyrovae.handlers.surrogate`), instead of a relaxation.
         beta: the weight of the KL divergence while fitting (:func:`pyrovae.handlers.scale_kl`): a float, or a function from
             the step to one.
-        scheduler: a function from the optimizer to a `torch.optim.lr_scheduler`, stepped at every gradient step.
+        scheduler: a function from the optimizer to a `torch.optim.lr_scheduler`, stepped at every gradient step
+            of `fit`.
         clip_norm: the largest norm of all gradients together.
         num_guide_steps: steps of `infer` on the guide.
         num_samples: draws per datum of the reported bound and posterior.
