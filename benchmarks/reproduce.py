@@ -297,8 +297,20 @@ def write_table() -> None:
     for line in (RESULTS / "reproduce.jsonl").read_text().splitlines():
         found = json.loads(line)
         runs[found["row"], found["epochs"], found["seed"]] = found
-    head = ["row", "what", "images", "epochs", "hard loss", "relaxed", "-log p(x), K=200", "K=5000", "compare with", "seconds"]
-    lines = [f"| {' | '.join(head)} |", "|" + "|".join([":--"] * 3 + ["--:"] * 5 + [":--", "--:"]) + "|"]
+    head = [
+        "row",
+        "what",
+        "images",
+        "gradient x draws",
+        "epochs",
+        "hard loss",
+        "relaxed",
+        "-log p(x), K=200",
+        "K=5000",
+        "compare with",
+        "seconds",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|" + "|".join([":--"] * 4 + ["--:"] * 5 + [":--", "--:"]) + "|"]
     for found in runs.values():
         bounds = found["bounds"]
         analytic = bounds.get("analytic_elbo")
@@ -307,6 +319,7 @@ def write_table() -> None:
             found["row"],
             found["what"],
             f"{found['data']}, {found['train']}",
+            f"{found['gradient'].replace('_', '-')} x {found['particles']}",
             found["epochs"],
             f"{hard:.2f}",
             _number(bounds.get("relaxed_elbo"), sign=-1) or _number(found.get("relaxed_training_loss"), " (training)"),
