@@ -14,6 +14,7 @@ from pyrovae.guides import AmortizedMeanField
 from pyrovae.handlers import relax
 from pyrovae.inference import Exact, ExactLikelihood, Variational
 from pyrovae.models import (
+    DRAW,
     BernoulliVAE,
     CategoricalVAE,
     GaussianVAE,
@@ -47,6 +48,8 @@ MODELS = {
         5,
         {"h3": (2, 3), "h2": (2,), "h1": (3,)},
     ),
+    "DRAW": (lambda: DRAW(4, 2, 3, 2), 4, {"z_1": (2,), "z_2": (2,)}),
+    "DRAW, attention": (lambda: DRAW(4, 2, 3, 2, attention=(2, 2)), 4, {"z_1": (2,), "z_2": (2,)}),
 }
 DISCRETE = [
     "SigmoidBeliefNet",
