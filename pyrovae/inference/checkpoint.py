@@ -103,7 +103,15 @@ def load(folder: str | Path, name: str = "last") -> Checkpoint:
         ValueError: if the file is truncated, damaged, no checkpoint of this library, or of another format.
 
     Example:
-        >>> load("runs/mnist", "best").restore(model, guide)  # doctest: +SKIP
+        >>> import tempfile
+        >>> from pyrovae.guides import AmortizedMeanField
+        >>> from pyrovae.inference import Variational
+        >>> from pyrovae.models import toy
+        >>> net = toy.belief_net()
+        >>> guide = AmortizedMeanField(net)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fit = Variational(guide, num_steps=4, checkpoint=folder).fit(net, net.sample(8))
+        ...     load(folder, "best").restore(net, guide)
     """
     path = Path(folder) / f"{name}.pt"
     if not path.is_file():

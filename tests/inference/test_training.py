@@ -293,6 +293,21 @@ def test_scheduler_steps_at_every_gradient_step():
         Variational(guide, optim=pyro.optim.Adam({}), scheduler=lambda o: lr_scheduler.StepLR(o, 1))
 
 
+def test_the_schedule_of_fit_is_not_that_of_infer():
+    net, guide, x = net_and_guide()
+    seen = []
+
+    def scheduler(optimizer):
+        seen.append(optimizer)
+        return lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3)
+
+    method = Variational(guide, num_steps=3, num_guide_steps=5, num_samples=10, scheduler=scheduler, average=0.5)
+    method.infer(net, x)
+    assert not seen
+    method.fit(net, x)
+    assert len(seen) == 1
+
+
 def test_clip_norm():
     net, guide, x = net_and_guide()
     start = copy.deepcopy((net, guide))
