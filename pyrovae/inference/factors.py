@@ -182,7 +182,7 @@ def _thin_family(fn: Any, value: Tensor, ndim: int) -> Bilinear | None:
     while type(base) is dist.Independent:
         events += base.reinterpreted_batch_ndims
         base = base.base_dist
-    if type(base) not in _FAMILIES:
+    if type(base) not in _FAMILIES or (type(base) is dist.Normal and _meet(base, value, events)):
         return None
     eta, statistic, log_normalizer, log_base = _FAMILIES[type(base)](base, value, events)
     extra = eta.dim() - (len(base.batch_shape))  # dims that the family itself adds: K, or the pair of a Normal
@@ -196,6 +196,15 @@ def _thin_family(fn: Any, value: Tensor, ndim: int) -> Bilinear | None:
     if not math.isfinite(float(eta.detach().sum())):  # a sum is finite only where every term is
         return None
     return Bilinear(eta, statistic, _pad(log_normalizer, ndim), log_base)
+
+
+def _meet(normal: Any, value: Tensor, events: int) -> bool:
+    """Whether parameters and values vary along one dim: then nothing is gained by squares in float64."""
+    shapes = [_thin(parameter, events).shape for parameter in (normal.loc, normal.scale)]
+    shapes = [shape[: len(shape) - events] for shape in (*shapes, value.shape)]
+    ndim = max(map(len, shapes))
+    loc, scale, of_value = ((1,) * (ndim - len(shape)) + tuple(shape) for shape in shapes)
+    return any(max(p, q) > 1 and v > 1 for p, q, v in zip(loc, scale, of_value, strict=True))
 
 
 def _separate(family: Bilinear) -> bool:
