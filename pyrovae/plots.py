@@ -288,7 +288,7 @@ def image_grid(images: Tensor, *, columns: int = 8, title: str = "", subtitle: s
         ImportError: if torchvision does not import.
     """
     if columns < 1:
-        raise ValueError(f"expected columns >= 1, got {columns}")
+        raise ValueError(f"expected columns >= 1, got {columns}; 8 are usual")
     return _picture(_tiles(_images(images), columns), title, subtitle, dark=dark)
 
 
@@ -431,13 +431,12 @@ def latents(
     if len(rows) > 5:
         rows, usage = {"all sites": [sum(part) for part in rows.values()]}, {}
     panels = 2 if usage else 1
-    figure, axes = _figure(look, 9.6, 1.0 + 1.75 * len(rows), panels, len(rows), left=0.08, right=0.98)
+    figure, axes = _figure(look, 9.6, 1.4 + 1.9 * len(rows), panels, len(rows), left=0.08, right=0.98)
     for i, (name, bars) in enumerate(rows.items()):
         panel = axes[panels * i]
         panel.bar(range(len(bars)), bars, color=_COLOURS[0], width=0.8 if len(bars) < 60 else 1.0)
-        panel.set_ylabel(f"{name}: nats")
+        panel.set_ylabel(f"{name}: KL(q ‖ p), nats")
         panel.set_xlabel("site, in order" if name == "all sites" else "latent")
-        panel.set_title("KL(q ‖ p)", fontsize=9.5, loc="left", color=look.ink, pad=4)
         _whole_ticks(panel, len(bars))
         if panels == 1:
             continue
@@ -446,7 +445,7 @@ def latents(
             continue
         panel, used = axes[panels * i + 1], [float(v) for v in usage[name].reshape(-1)]
         panel.bar(range(len(used)), used, color=_COLOURS[2], width=0.8 if len(used) < 60 else 1.0)
-        panel.set_title("values in use (perplexity)", fontsize=9.5, loc="left", color=look.ink, pad=4)
+        panel.set_ylabel(f"{name}: values in use")
         panel.set_xlabel("latent")
         panel.set_ylim(0, 1.06 * max([values.get(name, 0), 1, *used]))
         if name in values:

@@ -78,6 +78,14 @@ class Settings:
                 f"expected sizes of the {self.model} family, {', '.join(family.options)}, got {', '.join(unknown)}; leave "
                 "it out"
             )
+        for name, least in (("latent", 1), ("categories", 2), ("steps", 1)):
+            if name in self.sizes and self.sizes[name] < least:
+                raise ValueError(f"expected {name} of at least {least}, got {self.sizes[name]}; leave it out for the default")
+        if len(self.sizes.get("attention", (1, 1))) != 2:
+            raise ValueError(
+                f"expected attention as two numbers, of reading and of writing, got {written(self.sizes['attention'])}; write "
+                "2,5"
+            )
         for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 1), ("seed", 0), ("rows", 2)):
             value = getattr(self, name)
             if value is not None and value < least:

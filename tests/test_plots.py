@@ -91,6 +91,106 @@ def test_values(both):
     assert round(row["difference"], 9) not in drawn
 
 
+class TestGrids:
+    """What make_grid lays out, in the look of the other plots."""
+
+    def canvas(self, figure):
+        return torch.as_tensor(figure.axes[0].images[0].get_array().filled(float("nan")))
+
+    def test_images(self):
+        x = torch.rand(5, 9)
+        canvas = self.canvas(plots.image_grid(x, columns=3))
+        assert canvas.shape == (7, 11), "3x3 images, gaps of 1, none around"
+        assert torch.equal(canvas[:3, :3], x[0].reshape(3, 3))
+        assert torch.equal(canvas[4:, 4:7], x[4].reshape(3, 3))
+        assert not torch.equal(canvas[:3, 4:7], x[4].reshape(3, 3))
+        assert (canvas[3] == plots._GAP).all()
+        assert (canvas[4:, 8:] == plots._GAP).all(), "no sixth image"
+
+    def test_one_image_strips_and_shapes(self):
+        x = torch.rand(1, 16)
+        assert torch.equal(self.canvas(plots.image_grid(x)), x.reshape(4, 4))
+        assert self.canvas(plots.image_grid(torch.rand(3, 7))).shape == (5, 7), "strips lie beneath one another"
+        assert self.canvas(plots.image_grid(torch.rand(2, 3, 5))).shape == (3, 11)
+
+    def test_pairs(self):
+        x, y = torch.rand(4, 4), torch.rand(4, 4)
+        canvas = self.canvas(plots.reconstruction_grid(x, y, columns=2))
+        assert torch.equal(canvas[:2, 3:5], x[1].reshape(2, 2))
+        assert torch.equal(canvas[3:5, 3:5], y[1].reshape(2, 2))
+        assert canvas[5:9].isnan().all(), "paper between the pairs"
+        assert torch.equal(canvas[9:11, :2], x[2].reshape(2, 2))
+
+    @pytest.mark.parametrize("dark", [False, True])
+    def test_files(self, tmp_path, dark):
+        figure = plots.image_grid(torch.rand(9, 64), title="A title", subtitle="beneath it", dark=dark)
+        figure.savefig(tmp_path / "grid.png", dpi=160)
+        assert (tmp_path / "grid.png").stat().st_size > 3000
+        assert "A title" in words(figure)
+        assert "its reconstruction" in words(plots.reconstruction_grid(torch.rand(3, 64), torch.rand(3, 64), dark=dark))
+
+    @pytest.mark.parametrize(
+        ("x", "said"),
+        [
+            (torch.full((2, 9), 255.0), r"values from 255 to 255; divide grey levels by the largest possible \(255\)"),
+            (torch.full((2, 9), -0.1), r"values in \[0, 1\]"),
+            (torch.full((2, 9), float("nan")), r"values in \[0, 1\]"),
+            (torch.rand(0, 9), r"shape \(0, 9\)"),
+            (torch.rand(9), r"shape \(9,\)"),
+        ],
+    )
+    def test_refused(self, x, said):
+        with pytest.raises(ValueError, match=said):
+            plots.image_grid(x)
+        with pytest.raises(ValueError, match="one reconstruction"):
+            plots.reconstruction_grid(torch.rand(2, 9), torch.rand(3, 9))
+
+    def test_without_torchvision(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torchvision.utils", None)
+        with pytest.raises(ImportError, match="expected torchvision for grids of images"):
+            plots.image_grid(torch.rand(2, 9))
+
+
+class TestTrained:
+    """Plots of one trained model."""
+
+    def test_training_curve(self):
+        history = [{"step": 10 * k, "bound": -9.0 / (k + 1), "validation": -10.0 / (k + 1)} for k in range(5)]
+        history[2]["validation"] = None
+        history[3]["validation"] = -float("inf")
+        figure = plots.training_curve(history, steps_per_epoch=5)
+        drawn = {tuple(map(float, point)) for line in figure.axes[0].lines for point in line.get_xydata()}
+        assert (2.0, -5.0) in drawn
+        assert (2.0, -4.5) in drawn
+        assert not [point for point in drawn if point[0] == 4.0 and point[1] != -3.0], "None is left out"
+        assert "epoch" in words(figure)
+        assert plots.training_curve(history[:1]) is None
+
+    def test_temperature_curve(self):
+        from pyrovae.diagnostics import temperature_curve
+
+        net = toy.belief_net(visible=4, hidden=2)
+        curve = temperature_curve(net, AmortizedMeanField(net), net.sample(6), [1.0, 0.2], num_particles=10)
+        for dark in (False, True):
+            figure = plots.temperature_curve(curve, dark=dark)
+            drawn = {tuple(map(float, point)) for line in figure.axes[0].lines for point in line.get_xydata()}
+            for t, relaxed in zip(curve.temperatures.tolist(), curve.relaxed.tolist(), strict=True):
+                assert (t, relaxed) in drawn
+                assert (t, curve.hard) in drawn
+            assert "relaxed (no bound)" in words(figure)
+
+    def test_latents(self):
+        kl, usage = {"h1": torch.rand(3), "z": torch.rand(70)}, {"h1": torch.tensor([1.0, 2.0, 3.0])}
+        figure = plots.latents(kl, usage, values={"h1": 4})
+        heights = [round(float(bar.get_height()), 6) for bar in figure.axes[0].patches]
+        assert heights == [round(float(v), 6) for v in kl["h1"]]
+        assert [float(bar.get_height()) for bar in figure.axes[1].patches] == [1.0, 2.0, 3.0]
+        assert len(figure.axes[2].patches) == 70
+        assert not figure.axes[3].get_visible(), "a Normal has no values to count"
+        many = plots.latents({f"z_{k}": torch.full((5,), float(k)) for k in range(8)})
+        assert [float(bar.get_height()) for bar in many.axes[0].patches] == [5.0 * k for k in range(8)]
+
+
 def test_nothing_to_show():
     net = toy.belief_net(visible=4, hidden=2)
     only = compare(net, net.sample(4), {"Monte-Carlo EM": EM(Gibbs(5, 1, 2), 2)})
