@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.posterior import Program
 from pyrovae.ops import isolated_rng
 
@@ -43,6 +44,7 @@ def explained(run: Optimization, batch: Batch, before: Mapping[str, Tensor], ste
             raise
         fault = _named_fault(run, batch, before)
         if fault is None:
+            read_structure(run.model, batch.args, batch.kwargs)  # says what to do about data outside the support
             raise
         raise FloatingPointError(f"expected finite numbers, got others at step {step}: {fault}; {_REMEDY}") from error
 

@@ -461,6 +461,16 @@ def test_a_guide_that_does_not_match_is_refused_before_the_first_step():
     Variational(guide, num_steps=1).fit(net, x)
 
 
+def test_bad_rows_that_come_late_are_explained():
+    net, guide, x = net_and_guide(12)
+    judged = TrueBound(net, guide, (x,), {}, plain, num_samples=2, max_rows=1).index
+    bad = next(row for row in range(4, 12) if row not in judged)
+    x[bad] *= 255
+    x[bad, 0] = 255
+    with pytest.raises(ValueError, match=r"expected x in \{0, 1\} .* got values from 0 to 255; scale"):
+        Variational(guide, num_epochs=2, batch_size=4, log_rows=1, log_every=100).fit(net, x)
+
+
 # --- Numbers that are none ---
 
 
