@@ -76,7 +76,7 @@ def main(steps: int, output: Path) -> None:
     found = evaluate(vae, guide, shown, num_particles=200)
     for name in decoders:
         finer = log_likelihood(decoders[name], shown[:100], 0.05)
-        assert torch.allclose(exact[name][:100], finer, rtol=0, atol=1e-3), (name, (exact[name][:100] - finer).abs().max())
+        assert torch.allclose(exact[name][:100], finer, rtol=0, atol=5e-3), (name, (exact[name][:100] - finer).abs().max())
         error, evidence = float(errors[name].mean()), float(exact[name].mean())
         print(f"{name:>12}: a reconstruction is off by {error:.2f} nats, log p(x) {evidence:.2f}")
     print(f"VAE's bound {float(found.hard_elbo.mean()):.2f}, by 200 weights {float(found.log_likelihood.mean()):.2f}")

@@ -14,7 +14,7 @@ from pyrovae.plots import image_grid
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
-parser.add_argument("--steps", type=int, default=1000, help="SVI steps on batches of 100 images")
+parser.add_argument("--steps", type=int, default=400, help="SVI steps on batches of 100 images")
 parser.add_argument("--output", default="draw.png", help="images drawn from the prior")
 args = parser.parse_args()
 pyro.set_rng_seed(0)

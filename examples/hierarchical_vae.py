@@ -1,4 +1,4 @@
-"""Two layers of latents, Normal ones under categories, and a guide q(h1 | x) q(h2 | h1), by stock SVI."""
+"""Two layers of latents, bits beneath Normal ones, and a guide q(h1 | x) q(h2 | h1), by stock SVI."""
 
 import argparse
 
@@ -20,9 +20,9 @@ parser.add_argument("--output", default="hierarchical_vae.png", help="images dra
 args = parser.parse_args()
 pyro.set_rng_seed(0)
 x, test = (load(args.data, split=split, binarize="fixed") for split in ("train", "test"))
-model = HierarchicalVAE(x.shape[1], [("normal", 10), ("categorical", (3, 5))], hidden=(200,), between=(50,))
+model = HierarchicalVAE(x.shape[1], [("bernoulli", 24), ("normal", 3)], hidden=(200,), between=(50,))
 model.initialize_bias(x)
-relaxed = relax(model, temperature=0.5)
+relaxed = relax(model, temperature=0.5, straight_through=True)
 guide = AmortizedStructured(relaxed)
 before = evaluate(relaxed, guide, test, num_particles=20)
 svi = SVI(relaxed, guide, pyro.optim.Adam({"lr": 3e-3}), Trace_ELBO())

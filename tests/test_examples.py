@@ -28,7 +28,7 @@ TRAINED = {
     "categorical_vae": 250,
     "draw": 120,
     "gaussian_vae": 150,
-    "hierarchical_vae": 150,
+    "hierarchical_vae": 250,
     "mixed_vae": 150,
     "relaxed_by_hand": 250,
 }
