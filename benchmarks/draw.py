@@ -119,14 +119,14 @@ def by_hand(model: DRAW, guide: DRAWGuide, x: Tensor) -> Tensor:
     constant, loss = e.image(x), x.new_zeros(())
     canvas, hd, cd, he, ce = (v.expand(len(x), -1) for v in (d.canvas, d.hidden, d.cell, e.hidden, e.cell))
     for _ in range(model.steps):
-        he, ce = cell(e.gates(torch.cat([x - torch.sigmoid(canvas), hd, he], -1)).float() + constant, ce)
-        loc, log_scale = e.head(he).float().chunk(2, -1)
+        he, ce = cell(e.gates(torch.cat([x - torch.sigmoid(canvas), hd, he], -1)).to(x) + constant, ce)
+        loc, log_scale = e.head(he).to(x).chunk(2, -1)
         noise = torch.randn_like(loc)
         z = loc + log_scale.exp() * noise
         loss = loss + (0.5 * (z.square() - noise.square()) - log_scale).sum()
-        hd, cd = cell(d.gates(torch.cat([z, hd], -1)).float(), cd)
+        hd, cd = cell(d.gates(torch.cat([z, hd], -1)).to(x), cd)
         canvas = canvas + d.write(hd)
-    return loss + nn.functional.binary_cross_entropy_with_logits(canvas.float(), x, reduction="sum")
+    return loss + nn.functional.binary_cross_entropy_with_logits(canvas.to(x), x, reduction="sum")
 
 
 def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
