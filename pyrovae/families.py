@@ -157,7 +157,7 @@ FAMILIES: Mapping[str, Family] = {
         discrete=False,
     ),
     "autoencoder": Family(
-        title="autoencoder, without a distribution",
+        title="Autoencoder, without a distribution",
         model=lambda visible, **sizes: Autoencoding(AutoEncoder(visible, **sizes)),
         guide=lambda program: Encoding(program.net),
         options={"latent": "latent", "hidden": "hidden"},

@@ -330,12 +330,15 @@ def reconstruction_grid(
     return _picture(canvas.numpy(), title, subtitle, dark=dark)
 
 
-def training_curve(history: Sequence[Mapping[str, Any]], *, steps_per_epoch: int = 1, dark: bool = False) -> Figure | None:
+def training_curve(
+    history: Sequence[Mapping[str, Any]], *, steps_per_epoch: int = 1, normalized: bool = True, dark: bool = False
+) -> Figure | None:
     """The unrelaxed bound while a model trains, on training and on validation rows. None with fewer than two records.
 
     Args:
         history: records with `step`, `bound` and `validation`, as of a `Fit`; values that are None or not finite are left out.
         steps_per_epoch: of the horizontal axis.
+        normalized: whether it is a bound of a log probability; a score otherwise.
         dark: for a dark page.
     """
     look = _look(dark=dark)
@@ -356,36 +359,37 @@ def training_curve(history: Sequence[Mapping[str, Any]], *, steps_per_epoch: int
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), color=colours[name], lw=1.9, marker="o", ms=3)
     best = max(y for points in curves.values() for _, y in points)
-    early = min(points[min(len(points) - 1, max(1, len(points) // 10))][1] for points in curves.values())
+    early = min(points[len(points) // 10][1] for points in curves.values())
     floor = early - 0.05 * max(best - early, 0.05)
     axes.set_ylim(floor, best + 0.06 * (best - floor))
     axes.set_xlim(left=0)
     _end_labels(axes, {name: points[-1][1] for name, points in curves.items()}, {name: name for name in curves}, colours)
     axes.set_xlabel("step" if steps_per_epoch == 1 else "epoch")
     axes.set_ylabel("nats per datum")
-    _title(
-        figure,
-        look,
-        "The unrelaxed bound while training",
-        "hard samples, KL weight 1: a lower bound of log p(x), in expectation",
-    )
+    if normalized:
+        about = "hard samples, KL weight 1: a lower bound of log p(x), in expectation"
+        _title(figure, look, "The unrelaxed bound while training", about)
+    else:
+        _title(figure, look, "The unrelaxed score while training", "cross-entropy and KL: no bound of any log p(x)")
     return figure
 
 
-def temperature_curve(curve: TemperatureCurve, *, dark: bool = False) -> Figure:
+def temperature_curve(curve: TemperatureCurve, *, normalized: bool = True, dark: bool = False) -> Figure:
     """The relaxed objective at each temperature beside the unrelaxed bound, which has none; bands are ± 2 s.e. over rows.
 
     Args:
         curve: of :func:`pyrovae.diagnostics.temperature_curve`.
+        normalized: whether the unrelaxed one is a bound of a log probability; a score otherwise.
         dark: for a dark page.
     """
     look = _look(dark=dark)
     figure, (axes,) = _figure(look, 8.4, 4.2, right=0.76)
     order = curve.temperatures.argsort()
     x, relaxed, error = ([float(v) for v in part[order]] for part in (curve.temperatures, curve.relaxed, curve.relaxed_stderr))
-    colours = {"unrelaxed (≥)": _COLOURS[0], "relaxed (no bound)": _COLOURS[1]}
+    hard = "unrelaxed (≥)" if normalized else "unrelaxed (score)"
+    colours = {hard: _COLOURS[0], "relaxed (no bound)": _COLOURS[1]}
     for name, values, errors in (
-        ("unrelaxed (≥)", [curve.hard] * len(x), [curve.hard_stderr] * len(x)),
+        (hard, [curve.hard] * len(x), [curve.hard_stderr] * len(x)),
         ("relaxed (no bound)", relaxed, error),
     ):
         axes.plot(x, values, color=colours[name], lw=2, marker="o", ms=4)
@@ -397,17 +401,11 @@ def temperature_curve(curve: TemperatureCurve, *, dark: bool = False) -> Figure:
     axes.minorticks_off()
     if len(x) == 1:
         axes.set_xlim(x[0] / 2, x[0] * 2)
-    _end_labels(
-        axes, {"unrelaxed (≥)": curve.hard, "relaxed (no bound)": relaxed[-1]}, {name: name for name in colours}, colours
-    )
+    _end_labels(axes, {hard: curve.hard, "relaxed (no bound)": relaxed[-1]}, {name: name for name in colours}, colours)
     axes.set_xlabel("temperature")
     axes.set_ylabel("nats per datum")
-    _title(
-        figure,
-        look,
-        "Relaxed and unrelaxed",
-        "one trained model; only the blue line bounds log p(x) from below, in expectation",
-    )
+    about = "only the blue line bounds log p(x) from below, in expectation" if normalized else "neither bounds any log p(x)"
+    _title(figure, look, "Relaxed and unrelaxed", f"one trained model; {about}")
     return figure
 
 
@@ -431,7 +429,7 @@ def latents(
     if len(rows) > 5:
         rows, usage = {"all sites": [sum(part) for part in rows.values()]}, {}
     panels = 2 if usage else 1
-    figure, axes = _figure(look, 9.6, 1.4 + 1.9 * len(rows), panels, len(rows), left=0.08, right=0.98)
+    figure, axes = _figure(look, 9.6, 1.4 + 1.9 * len(rows), panels, len(rows), left=0.08, right=0.96)
     for i, (name, bars) in enumerate(rows.items()):
         panel = axes[panels * i]
         panel.bar(range(len(bars)), bars, color=_COLOURS[0], width=0.8 if len(bars) < 60 else 1.0)
@@ -446,6 +444,7 @@ def latents(
         panel, used = axes[panels * i + 1], [float(v) for v in usage[name].reshape(-1)]
         panel.bar(range(len(used)), used, color=_COLOURS[2], width=0.8 if len(used) < 60 else 1.0)
         panel.set_ylabel(f"{name}: values in use")
+        panel.yaxis.set_label_position("right")
         panel.set_xlabel("latent")
         panel.set_ylim(0, 1.06 * max([values.get(name, 0), 1, *used]))
         if name in values:

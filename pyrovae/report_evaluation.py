@@ -66,7 +66,7 @@ def evaluation_tables(judged: Judged) -> list[Table]:
         ]
     tables = [_bounds(judged, found)]
     if judged.curve is not None:
-        tables.append(_curve(judged.curve))
+        tables.append(_curve(judged.curve, "lower" if found.normalized else "estimate"))
     if found.kl:
         tables.append(_latents(found, judged.values))
     return tables
@@ -130,7 +130,7 @@ def _bounds(judged: Judged, found: Evaluation) -> Table:
     return Table("evaluation", columns, tuple(rows), _unit(judged))
 
 
-def _curve(curve: TemperatureCurve) -> Table:
+def _curve(curve: TemperatureCurve, mark: Mark) -> Table:
     columns = (
         ("method", "temperature"),
         ("relaxed", "relaxed objective"),
@@ -143,7 +143,7 @@ def _curve(curve: TemperatureCurve) -> Table:
         cells = (
             Cell(f"{temperature:g}"),
             Cell(number(curve.relaxed[i], curve.relaxed_stderr[i]), "estimate"),
-            Cell(number(curve.hard, curve.hard_stderr), "lower"),
+            Cell(number(curve.hard, curve.hard_stderr), mark),
             Cell(number(curve.gap[i], curve.gap_stderr[i]), "estimate"),
             Cell(""),
         )
@@ -207,8 +207,9 @@ def _figures(judged: Judged, *, dark: bool) -> dict[str, Figure]:
     from pyrovae import plots
 
     made: dict[str, Figure | None] = {}
+    normalized = judged.evaluation is not None and judged.evaluation.normalized
     if judged.curve is not None:
-        made["temperature"] = plots.temperature_curve(judged.curve, dark=dark)
+        made["temperature"] = plots.temperature_curve(judged.curve, normalized=normalized, dark=dark)
     if judged.evaluation is not None and judged.evaluation.kl:
         kl = {name: part.reshape(-1, part.shape[-1]).mean(0) for name, part in judged.evaluation.kl.items()}
         made["latents"] = plots.latents(kl, judged.evaluation.code_usage, values=judged.values, dark=dark)
@@ -217,7 +218,9 @@ def _figures(judged: Judged, *, dark: bool) -> dict[str, Figure]:
     if judged.samples is not None:
         title, means = "Draws from the prior", "latents drawn, means of the pixels"
         made["samples"] = plots.image_grid(judged.samples, columns=10, title=title, subtitle=means, dark=dark)
-    made["curve"] = plots.training_curve(judged.history, steps_per_epoch=judged.steps_per_epoch, dark=dark)
+    made["curve"] = plots.training_curve(
+        judged.history, steps_per_epoch=judged.steps_per_epoch, normalized=normalized, dark=dark
+    )
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
@@ -233,9 +236,9 @@ _CAPTIONS = {
     "knows no temperature. Where the two part, the relaxed number is no answer about log p(x).",
     "latents": "Left: KL of each latent from its prior, averaged over the data; at 0 the latent says nothing. Right: how many "
     "of its values a discrete latent takes over the data, as the perplexity of q averaged over them.",
-    "reconstructions": "Images, and beneath each the mean of its pixels given hard draws of its latents.",
+    "reconstructions": "Images, and beneath each the mean of its pixels given its code; latents are drawn hard.",
     "samples": "What the model believes the data look like.",
-    "curve": "The bound of the discrete programs, measured apart from the objective that was optimised.",
+    "curve": "Measured with hard samples and KL weight 1, apart from the objective that was optimised.",
 }
 
 

@@ -295,7 +295,8 @@ def _write_pictures(folder: Path, settings: Settings, fit: Fit) -> None:
     if run.guide is not None:
         images = sample(folder, 100, mean=True)
         figures["samples"] = plots.image_grid(images, columns=10, title="Draws from the prior", subtitle=MEANS)
-    curve = plots.training_curve(fit.history, steps_per_epoch=steps_per_epoch(run.config))
+    normalized = run.config["likelihood"] != "cross_entropy"
+    curve = plots.training_curve(fit.history, steps_per_epoch=steps_per_epoch(run.config), normalized=normalized)
     if curve is not None:
         figures["curve"] = curve
     for name, figure in figures.items():

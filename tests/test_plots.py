@@ -165,6 +165,7 @@ class TestTrained:
         assert not [point for point in drawn if point[0] == 4.0 and point[1] != -3.0], "None is left out"
         assert "epoch" in words(figure)
         assert plots.training_curve(history[:1]) is None
+        assert "no bound of any log p(x)" in words(plots.training_curve(history, normalized=False))
 
     def test_temperature_curve(self):
         from pyrovae.diagnostics import temperature_curve
@@ -178,6 +179,8 @@ class TestTrained:
                 assert (t, relaxed) in drawn
                 assert (t, curve.hard) in drawn
             assert "relaxed (no bound)" in words(figure)
+            assert "unrelaxed (≥)" in words(figure)
+        assert "unrelaxed (≥)" not in words(plots.temperature_curve(curve, normalized=False))
 
     def test_latents(self):
         kl, usage = {"h1": torch.rand(3), "z": torch.rand(70)}, {"h1": torch.tensor([1.0, 2.0, 3.0])}
