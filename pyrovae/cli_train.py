@@ -164,8 +164,8 @@ def evaluate_command(
     """Judge a trained model by bounds that hold, and write a report into its folder.
 
     Per datum: the unrelaxed bound, the same with the KL by formula, log p(x) by importance weighting with its effective
-    sample size and Pareto k, and, beside them, the relaxed objective that is no bound of log p(x). What each latent says:
-    KL, active units, values in use. The folder gets report.html, evaluation.json, evaluation.csv and pictures.
+    sample size and Pareto k, and, beside them, the bound of the relaxed densities, which is none of log p(x). What each
+    latent says: KL, active units, values in use. The folder gets report.html, evaluation.json, evaluation.csv and pictures.
 
     Seconds for digits; for the 10000 test rows of MNIST about ten minutes on one core, and --rows 1000 takes a tenth.
 

@@ -434,6 +434,7 @@ def latents(
         panel = axes[panels * i]
         panel.bar(range(len(bars)), bars, color=_COLOURS[0], width=0.8 if len(bars) < 60 else 1.0)
         panel.set_ylabel(f"{name}: KL(q ‖ p), nats")
+        panel.set_ylim(0, 1.06 * max([0.05, *bars]))
         panel.set_xlabel("site, in order" if name == "all sites" else "latent")
         _whole_ticks(panel, len(bars))
         if panels == 1:

@@ -116,12 +116,12 @@ def _bounds(judged: Judged, found: Evaluation) -> Table:
             cells = (Cell(label), Cell(number(value, error), mark), Cell(number(numbers[f"{name}_monte_carlo"])), Cell(note))
             rows.append(cells)
 
-    bound("hard_elbo", "unrelaxed ELBO", lower, "")
+    bound("hard_elbo", "unrelaxed ELBO" if found.normalized else "unrelaxed score", lower, "")
     bound("analytic_elbo", "the same, KL by formula", lower, "")
     bound("log_likelihood", f"{evidence}, {found.num_particles} particles", lower, "")
     at = "" if judged.temperature is None else f" at temperature {judged.temperature:g}"
-    words = "a bound of the relaxed model's evidence and none of log p(x), in either direction"
-    bound("relaxed_elbo", f"relaxed objective{at}", "estimate", words)
+    words = "with the densities of model and guide relaxed, a bound of that model's evidence and none of log p(x)"
+    bound("relaxed_elbo", f"relaxed bound{at}", "estimate", words)
     share, ess = numbers["pareto_k_above_0.7"], numbers["ess"]
     trust = f"the particles are too few for log p(x) in {share:.0%} of rows: read it as a bound only" if share > 0.05 else ""
     rows.append((Cell("effective sample size"), Cell(f"{ess:.1f} of {found.num_particles}", "estimate"), Cell(""), Cell("")))
@@ -133,8 +133,8 @@ def _bounds(judged: Judged, found: Evaluation) -> Table:
 def _curve(curve: TemperatureCurve, mark: Mark) -> Table:
     columns = (
         ("method", "temperature"),
-        ("relaxed", "relaxed objective"),
-        ("hard", "unrelaxed ELBO"),
+        ("relaxed", "relaxed bound"),
+        ("hard", "unrelaxed ELBO" if mark == "lower" else "unrelaxed score"),
         ("gap", "difference"),
         ("note", "note"),
     )
@@ -232,8 +232,8 @@ _SECTIONS = {
     "curve": "Training",
 }
 _CAPTIONS = {
-    "temperature": "The same weights, judged twice: the relaxed objective at each temperature, and the unrelaxed bound, which "
-    "knows no temperature. Where the two part, the relaxed number is no answer about log p(x).",
+    "temperature": "The same weights, judged twice: the bound of the relaxed densities at each temperature, and the "
+    "unrelaxed one, which knows no temperature. Where the two part, the relaxed number is no answer about log p(x).",
     "latents": "Left: KL of each latent from its prior, averaged over the data; at 0 the latent says nothing. Right: how many "
     "of its values a discrete latent takes over the data, as the perplexity of q averaged over them.",
     "reconstructions": "Images, and beneath each the mean of its pixels given its code; latents are drawn hard.",

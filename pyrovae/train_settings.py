@@ -20,7 +20,7 @@ BINARIZATIONS: Mapping[str, str] = {
 }
 GRADIENTS: Mapping[str, str] = {
     "reinmax": "ReinMax: hard samples, a second-order surrogate's gradient",
-    "relaxed": "Gumbel-softmax relaxation: soft samples, a relaxed objective",
+    "relaxed": "Gumbel-softmax relaxation: soft samples, so that the objective is no bound",
     "straight-through": "straight-through Gumbel-softmax: hard samples, the relaxation's gradient",
     "score": "score function: hard samples, unbiased",
 }
