@@ -10,9 +10,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from stats import frequencies_agree
+from stats import frequencies_agree, means_agree
 
 from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
+from pyrovae.distributions.supports import lowest
 
 FAMILIES = (RelaxedBernoulli, RelaxedOneHotCategorical)
 STOCK = {RelaxedBernoulli: dist.RelaxedBernoulli, RelaxedOneHotCategorical: dist.RelaxedOneHotCategorical}
@@ -139,7 +140,8 @@ def test_shapes_of_temperatures():
 def test_log_ratios_do_not_depend_on_the_temperature():
     """Temperature is a change of variables: at the same noise log q − log p is the same at every shared temperature.
 
-    Exact in float64; in float32 until values fall below tiny/eps, which the docstring owns up to.
+    Exact in float64; in float32 until values fall below tiny/eps, where the ratio of clamped draws lies between those of the
+    categories and of the densities.
     """
     logits = torch.randn(2000, 10)
 
@@ -148,14 +150,50 @@ def test_log_ratios_do_not_depend_on_the_temperature():
         q = RelaxedOneHotCategorical(temperature, logits=logits.to(dtype))
         p = RelaxedOneHotCategorical(temperature, logits=torch.zeros(10, dtype=dtype))
         value = q.sample()
-        return float((q.log_prob(value) - p.log_prob(value)).mean())
+        return (q.log_prob(value) - p.log_prob(value)).double()
 
     exact = ratio(1.0, torch.float64)
     for temperature in (0.05, 0.1, 0.3, 3.0):
-        assert ratio(temperature, torch.float64) == pytest.approx(exact, rel=1e-9)
+        assert torch.allclose(ratio(temperature, torch.float64), exact, rtol=1e-9, atol=1e-9)
     single = ratio(1.0, torch.float32)
-    assert ratio(0.3, torch.float32) == pytest.approx(single, rel=1e-4)
-    assert ratio(0.05, torch.float32) < single / 2
+    assert torch.allclose(ratio(0.3, torch.float32), single, rtol=1e-4, atol=1e-4)
+    categories = torch.softmax(logits, -1)
+    of_categories = (categories * (categories.log() - math.log(0.1))).sum(-1)
+    clamped = [float(ratio(t, torch.float32).mean()) for t in (0.2, 0.1, 0.05, 0.02, 1e-5)]
+    assert clamped == sorted(clamped, reverse=True)
+    assert means_agree(ratio(1e-5, torch.float32) - of_categories, 0.0)
+    assert not means_agree(ratio(0.1, torch.float32) - of_categories, 0.0)
+
+
+@both_families
+def test_clamped_draws_are_scored_by_their_law(family):
+    """E_p[q / p] = 1 holds for the probabilities of clamped draws, and fails for densities taken at the clamp."""
+    n, logits = 40_000, torch.tensor([1.0, 0.3, -0.2, 0.0, 0.5], dtype=torch.float32)
+    q, p = family(0.04, logits=logits), family(0.04, logits=torch.zeros_like(logits))
+    value = p.sample((n,))
+    at = (value <= lowest(value.dtype)) | (value >= 1 - torch.finfo(value.dtype).eps)
+    assert 0.05 < float(at.double().mean()) < 0.95
+    weight = (q.log_prob(value) - p.log_prob(value)).double().exp()
+    assert means_agree(weight, torch.ones(weight.shape[1:]))
+    stock = [STOCK[family](r.temperature, logits=r._logits, validate_args=False) for r in (q, p)]
+    wrong = (stock[0].log_prob(value) - stock[1].log_prob(value)).double().exp()
+    assert not means_agree(wrong, torch.ones(wrong.shape[1:]))
+
+
+def test_masses_at_the_clamp_in_closed_form():
+    """Two categories, and a bit: the chance that a value lies at the clamp is a logistic function."""
+    t, logits, dtype = 0.1, torch.tensor([0.4, -0.7]), torch.float32
+    low = lowest(dtype)
+    q = RelaxedOneHotCategorical(t, logits=logits.to(dtype))
+    corner = torch.tensor([1.0, low], dtype=dtype)
+    expected = torch.nn.functional.logsigmoid(logits[0] - logits[1] + t * math.log(low))
+    assert float(q.log_prob(corner)) == pytest.approx(float(expected), rel=1e-5)
+    b = RelaxedBernoulli(t, logits=logits.to(dtype))
+    high = 1 - torch.finfo(dtype).eps
+    above = torch.nn.functional.logsigmoid(logits - t * (math.log(high) - math.log1p(-high)))
+    below = torch.nn.functional.logsigmoid(t * math.log(low) - logits)
+    assert torch.allclose(b.log_prob(torch.full((2,), high, dtype=dtype)).double(), above, rtol=1e-5)
+    assert torch.allclose(b.log_prob(torch.full((2,), low, dtype=dtype)).double(), below, rtol=1e-5)
 
 
 @both_families
