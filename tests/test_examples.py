@@ -21,7 +21,6 @@ STEPS = {
     "hyperprior": 40,
     "know_your_error": 300,
     "nuts_on_your_program": 60,
-    "our_guide_in_stock_svi": 60,
 }
 TRAINED = {
     "bernoulli_vae": 250,
@@ -30,6 +29,7 @@ TRAINED = {
     "gaussian_vae": 150,
     "hierarchical_vae": 250,
     "mixed_vae": 150,
+    "our_guide_in_stock_svi": 60,
     "relaxed_by_hand": 250,
 }
 
