@@ -21,9 +21,6 @@ ORDER = [
     {"inference"},
     {"diagnostics"},
     {"compare", "report", "report_evaluation", "plots"},  # one layer: they may import one another
-    {"families"},
-    {"train_settings"},
-    {"run_folder"},
     {"main_job", "train_job"},
     {"console"},
     {"cli_train"},

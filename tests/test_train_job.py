@@ -9,12 +9,13 @@ import torch
 from brute_force import bits
 from stats import bound, largest_z, means_agree
 
-from pyrovae import data, run_folder, train_job
-from pyrovae.families import FAMILIES, parse_layers
+from pyrovae import data, train_job
 from pyrovae.inference import checkpoint
 from pyrovae.inference.optimization import Optimization
-from pyrovae.train_job import Settings
-from pyrovae.train_settings import resolved, rows_of
+from pyrovae.train_job import Settings, job
+from pyrovae.train_job import folder as folder_of_run
+from pyrovae.train_job.families import FAMILIES, parse_layers
+from pyrovae.train_job.settings import resolved, rows_of
 
 SIZES = {
     "categorical": {"latent": 2, "categories": 3, "hidden": (6,)},
@@ -92,7 +93,7 @@ class TestFamilies:
 
     @pytest.mark.parametrize("gradient", ["relaxed", "straight-through", "score"])
     def test_gradients(self, tmp_path, monkeypatch, gradient):
-        monkeypatch.setattr(train_job, "_write_pictures", lambda *args: None)
+        monkeypatch.setattr(job, "_write_pictures", lambda *args: None)
         fit = train_job.train(tiny("categorical", gradient=gradient, epochs=1), tmp_path)
         assert math.isfinite(fit.history[-1]["bound"])
         judged = train_job.evaluate_run(tmp_path, num_particles=10, rows=4, temperatures=())
@@ -100,12 +101,12 @@ class TestFamilies:
         assert any("hard draws" in note for note in judged.notes) == (gradient != "relaxed")
 
     def test_grey_is_no_likelihood(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(train_job, "_write_pictures", lambda *args: None)
+        monkeypatch.setattr(job, "_write_pictures", lambda *args: None)
         train_job.train(tiny(data="digits", binarize="grey", epochs=1), tmp_path)
         judged = train_job.evaluate_run(tmp_path, num_particles=10, rows=4, temperatures=())
         assert not judged.evaluation.normalized
         assert any("no likelihood" in note for note in judged.notes)
-        assert run_folder.read_config(tmp_path)["likelihood"] == "cross_entropy"
+        assert folder_of_run.read_config(tmp_path)["likelihood"] == "cross_entropy"
 
 
 class TestTruth:
@@ -145,7 +146,7 @@ class TestTruth:
 
     def test_beta_moves_training_alone(self, tmp_path, monkeypatch):
         """A heavy KL shuts the latents; the evaluation is with weight 1 whatever the training."""
-        monkeypatch.setattr(train_job, "_write_pictures", lambda *args: None)
+        monkeypatch.setattr(job, "_write_pictures", lambda *args: None)
         kl = {}
         for beta in (0.0, 50.0):
             train_job.train(tiny("gaussian", beta=beta, epochs=20, lr=0.05), tmp_path / str(beta))
@@ -314,8 +315,8 @@ class TestSettings:
 
     def test_stored(self, runs):
         for model in ("hierarchical", "draw"):
-            config = run_folder.read_config(runs(model))
-            assert run_folder.settings_of(config) == resolved(tiny(model))
+            config = folder_of_run.read_config(runs(model))
+            assert folder_of_run.settings_of(config) == resolved(tiny(model))
 
     @pytest.mark.parametrize(
         "text", ["", "normal", "normal:0", "normal:2x2", "categorical:5", "magic:3", "normal:3;bernoulli:2"]

@@ -1,7 +1,4 @@
-"""Train one model on images, keep it in a folder, draw from it and judge it.
-
-`pyrovae train`, `pyrovae sample` and `pyrovae evaluate` are this, on the command line.
-"""
+"""Training, drawing and judging: what the three commands do."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from torch import Tensor
 
 from pyrovae import data
 from pyrovae.diagnostics import evaluate, temperature_curve
-from pyrovae.families import FAMILIES, OPTIONS, build, check_known, parse_layers, written
 from pyrovae.guides import reconstruct
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference import Variational, checkpoint
@@ -24,21 +20,21 @@ from pyrovae.inference.fit import Fit
 from pyrovae.ops import isolated_rng
 from pyrovae.report import save_figure
 from pyrovae.report_evaluation import Judged
-from pyrovae.run_folder import (
+from pyrovae.train_job.families import FAMILIES, build, check_known, written
+from pyrovae.train_job.folder import (
     CHECKPOINTS,
     CONFIG,
     LOG,
     Run,
     check_same,
     fresh_run,
-    has_checkpoint,
     load_run,
     read_config,
     settings_of,
     steps_per_epoch,
     write_config,
 )
-from pyrovae.train_settings import (
+from pyrovae.train_job.settings import (
     BINARIZATIONS,
     GENERATORS,
     Settings,
@@ -49,26 +45,6 @@ from pyrovae.train_settings import (
     sizes_of,
     title_of,
 )
-
-__all__ = [
-    "FAMILIES",
-    "OPTIONS",
-    "Run",
-    "Settings",
-    "check_same",
-    "evaluate_run",
-    "has_checkpoint",
-    "load_run",
-    "parse_layers",
-    "read_config",
-    "reconstructions",
-    "resolved",
-    "sample",
-    "settings_of",
-    "sizes_of",
-    "title_of",
-    "train",
-]
 
 MEANS = "latents drawn, means of the pixels"
 

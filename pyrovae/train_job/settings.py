@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pyrovae import data
-from pyrovae.families import FAMILIES, check_known, written
+from pyrovae.train_job.families import FAMILIES, check_known, written
 
 BINARIZATIONS: Mapping[str, str] = {
     "dynamic": "bits drawn afresh from the intensities at every step, and once for every evaluation",

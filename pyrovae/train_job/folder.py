@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pyrovae.families import FAMILIES, Autoencoding, build, check_known
 from pyrovae.inference import checkpoint
 from pyrovae.inference.batches import check_device
 from pyrovae.inference.fit import versions
 from pyrovae.ops import isolated_rng
-from pyrovae.train_settings import Settings
+from pyrovae.train_job.families import FAMILIES, Autoencoding, build, check_known
+from pyrovae.train_job.settings import Settings
 
 FORMAT = 1
 CONFIG, CHECKPOINTS, LOG = "config.json", "checkpoints", "log.jsonl"
