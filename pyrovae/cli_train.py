@@ -104,7 +104,7 @@ def train_command(
         settings = _settings(base, given, resume=resume)
         try:
             with own_process(threads, torch.float32):
-                fit = train_job.train(settings, output, resume=resume, device=device, progress=not quiet)
+                fit = train_job.train(settings, output, resume=resume, device=device, progress=not quiet and sys.stderr.isatty())
         except KeyboardInterrupt:
             kept = train_job.has_checkpoint(output)
             words = (
