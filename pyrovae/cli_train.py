@@ -103,8 +103,9 @@ def train_command(
         base = train_job.settings_of(train_job.read_config(output)) if resume else train_job.Settings()
         settings = _settings(base, given, resume=resume)
         try:
+            progress = not quiet and sys.stderr.isatty()
             with own_process(threads, torch.float32):
-                fit = train_job.train(settings, output, resume=resume, device=device, progress=not quiet and sys.stderr.isatty())
+                fit = train_job.train(settings, output, resume=resume, device=device, progress=progress)
         except KeyboardInterrupt:
             kept = train_job.has_checkpoint(output)
             words = (
