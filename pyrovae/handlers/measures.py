@@ -1,4 +1,4 @@
-"""Densities and masses: a model and a guide must score a site by the same of the two."""
+"""Densities and masses: a model and a guide must score a site by the same of the two, and be wrapped once."""
 
 from __future__ import annotations
 
@@ -31,6 +31,46 @@ def check_measures(model: Structure, guide: Structure) -> None:
             f"expected one measure for site {latent.name!r} in model and guide, got {_WORDS[p]} in the model and {_WORDS[q]} "
             f"in the guide: the difference of their log probabilities means nothing; {_remedy(p, q)}"
         )
+
+
+def check_bare(program: Structure, what: str) -> None:
+    """Refuse a program with a relaxed or surrogate site, which a relaxation around it would leave as it is.
+
+    Args:
+        program: a model or guide, as it is before it is wrapped; from :func:`pyrovae.handlers.structure.read_structure`.
+        what: what would wrap it, for the message: "temperature" or "surrogate".
+
+    Raises:
+        ValueError: with the site and what to do.
+    """
+    for latent in program.latents:
+        if latent.gradient is None:
+            continue
+        wrapper = "relax" if latent.gradient == "relaxed" else "surrogate"
+        state = "relaxed" if latent.gradient == "relaxed" else "with a surrogate gradient"
+        raise ValueError(
+            f"expected programs as written for {what}=..., got site {latent.name!r} already {state} (a guide made of "
+            f"{wrapper}(model)?), which {what}=... would leave as it is; pass the bare programs, or leave {what} out"
+        )
+
+
+def check_changes(model: Structure, what: str) -> None:
+    """Refuse a model in which a relaxation, or a surrogate gradient, changes no site.
+
+    Args:
+        model: as it is before it is wrapped; from :func:`pyrovae.handlers.structure.read_structure`.
+        what: what would wrap it, for the message: "temperature" or "surrogate".
+
+    Raises:
+        ValueError: saying so.
+    """
+    if any(latent.kind in ("bit", "one_hot") for latent in model.latents):
+        return
+    sites = ", ".join(repr(latent.name) for latent in model.latents) or "none"
+    raise ValueError(
+        f"expected a Bernoulli or OneHotCategorical latent for {what}=..., got latents {sites} and none of these families; "
+        f"leave {what} out"
+    )
 
 
 _WORDS = {

@@ -22,12 +22,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyrovae.distributions import SurrogateBernoulli, SurrogateOneHotCategorical
 from pyrovae.handlers.own_params import own_params
 from pyrovae.handlers.rewrite import innermost, is_discrete
 from pyrovae.ops import isolated_rng
 
 Kind = Literal["bit", "integer", "one_hot", "real", "relaxed_bit", "relaxed_one_hot", "other"]
 Measure = Literal["density", "mass", "point", "quantized"]
+Gradient = Literal["relaxed", "surrogate"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Latent:
     """A latent site, as the pilot run met it.
 
     A finite site is a vector of `components`, each with `cardinality` values; its states are told by *codes*, integers
-    `[..., components]` in [0, cardinality).
+    `[..., components]` in [0, cardinality). `gradient` tells how a discrete site was made differentiable, if it was.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Latent:
     dtype: torch.dtype
     device: torch.device
     measure: Measure = "density"
+    gradient: Gradient | None = None
 
     @property
     def finite(self) -> bool:
@@ -473,6 +476,7 @@ def _describe(site: Site) -> Latent:
         dtype=site.value.dtype,
         device=site.value.device,
         measure=_measure(fn),
+        gradient=_gradient(fn),
     )
 
 
@@ -505,6 +509,15 @@ def _measure(fn: Any) -> Measure:
     if isinstance(family, (dist.RelaxedBernoulliStraightThrough, dist.RelaxedOneHotCategoricalStraightThrough)):
         return "quantized"
     return "mass" if is_discrete(family) else "density"
+
+
+def _gradient(fn: Any) -> Gradient | None:
+    """How a discrete site was made differentiable, if it was."""
+    family = innermost(fn)
+    if isinstance(family, (SurrogateBernoulli, SurrogateOneHotCategorical)):
+        return "surrogate"
+    relaxed = (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)
+    return "relaxed" if isinstance(family, relaxed) else None
 
 
 def _base_support(support: Any) -> Any:

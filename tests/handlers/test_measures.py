@@ -1,4 +1,4 @@
-"""check_measures: which pairs of sites are scored by the same measure."""
+"""check_measures: which pairs of sites are scored by the same measure; which programs are as they were written."""
 
 import pyro
 import pyro.distributions as dist
@@ -8,6 +8,8 @@ import torch
 from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical, SurrogateOneHotCategorical
 from pyrovae.guides import AmortizedMeanField
 from pyrovae.handlers import check_measures, discretize, relax, surrogate
+from pyrovae.handlers.measures import check_bare, check_changes
+from pyrovae.handlers.rewrite import innermost
 from pyrovae.handlers.structure import read_structure
 from pyrovae.models import SigmoidBeliefNet
 
@@ -75,3 +77,32 @@ def test_programs():
 
 def test_sites_of_one_side_are_left_to_others():
     check_measures(structure(MASSES["one-hot"]), read_structure(lambda: pyro.sample("y", DENSITIES["real"]), (), {}))
+
+
+def test_wrapped_programs_are_told_from_bare_ones():
+    net = SigmoidBeliefNet(3, 2)
+    x = net.sample(4)
+    bare = [net, AmortizedMeanField(net)]
+    for program in bare:
+        check_bare(read_structure(program, (x,), {}), "temperature")
+    soft, hard, carried = relax(net, 0.5), relax(net, 0.5, straight_through=True), surrogate(net)
+    for wrapped, word in ((soft, "already relaxed"), (hard, "already relaxed"), (carried, "already with a surrogate")):
+        for program in (wrapped, AmortizedMeanField(wrapped)):
+            with pytest.raises(ValueError, match=f"written for temperature=.*'h1' {word}.*leave temperature out"):
+                check_bare(read_structure(program, (x,), {}), "temperature")
+    for fn in [*MASSES.values(), *DENSITIES.values(), *QUANTIZED.values()]:
+        if any(word in type(innermost(fn)).__name__ for word in ("Relaxed", "Surrogate")):
+            with pytest.raises(ValueError, match="expected programs as written for surrogate="):
+                check_bare(structure(fn), "surrogate")
+        else:
+            check_bare(structure(fn), "surrogate")
+
+
+def test_a_model_in_which_nothing_would_change():
+    for fn in (MASSES["one-hot"], MASSES["bits"]):
+        check_changes(structure(fn), "temperature")
+    for fn in (DENSITIES["real"], MASSES["counts"]):
+        with pytest.raises(ValueError, match=r"expected a Bernoulli or OneHotCategorical latent for surrogate=.*'z'"):
+            check_changes(structure(fn), "surrogate")
+    with pytest.raises(ValueError, match="got latents none"):
+        check_changes(read_structure(lambda: None, (), {}), "temperature")
