@@ -25,15 +25,16 @@ class AmortizedMeanField(MeanField):
     The encoder gets the data, the tensors among the model's positional arguments (as many as it takes, from the first), and
     returns unconstrained parameters. Its last dim holds those of all sites inside the data plate, in the order of the
     program: 1 a bit (its logit), K a category (logits), 2 a Normal component (all means of the site, then all logarithms of
-    scales); a relaxed site has those of its discrete twin, and the temperature that the model has in this call, detached. The
-    dims before it are the batch's, or those of all plates right-aligned. Or it returns a dict of such tensors by site.
+    scales); a relaxed site has those of its discrete twin, and the temperature that the model has in this call, with its
+    gradient. The dims before it are the batch's, or those of all plates right-aligned. Or it returns a dict of such tensors
+    by site.
     Sites outside the data plate, and sites that the dict lacks, have free parameters, one set for all data.
 
     Without an encoder the guide takes `model.mirror()` where the model declares it, else a net with one tanh layer on the
     flattened first argument; that net gives a site in a plate inside the batch its own outputs for each of the plate's rows.
 
     Plates, indices, scales and masks are the model's own at every call: the guide runs the model up to its last latent.
-    Cost: that, and one run of the encoder. Model gradients do not flow into the guide.
+    Cost: that, and one run of the encoder. Model gradients do not flow into the guide, but for that of a learned temperature.
 
     Args:
         model: a Pyro program; the guide keeps it, but does not own its parameters.

@@ -76,7 +76,7 @@ def _relaxed(prior: Any, logits: Tensor) -> Any:
     }
     family = stable.get(type(prior), type(prior))
     ours = {"straight_through": getattr(prior, "straight_through", False)} if family in stable.values() else {}
-    return family(prior.temperature.detach(), logits=logits, **ours)
+    return family(prior.temperature, logits=logits, **ours)
 
 
 def _masks(prior: Any) -> list[tuple[int, Any]]:

@@ -21,7 +21,7 @@ class LocalMeanField(MeanField):
     Sites inside the data plate (the plate around the observed sites, `num_data` long) have a table with a row for each
     datum; sites outside it have one set. A bit has a logit, a category K logits, a Normal component its mean and the
     logarithm of its scale; a relaxed site has those of its discrete twin, and the temperature that the model has in this
-    call, detached. Rows are taken by the indices of the model's own plate.
+    call, with its gradient. Rows are taken by the indices of the model's own plate.
 
     Cost: one run of the model up to its last latent; memory `num_data` times the parameters of a datum, and as much again
     for its gradient.

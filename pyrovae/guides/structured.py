@@ -37,7 +37,7 @@ class AmortizedStructured(MeanField):
     data, and are drawn first.
 
     Plates, indices, scales and masks are the model's own at every call: the guide runs the model up to its last latent.
-    Cost: that, and one run of every encoder. Model gradients do not flow into the guide.
+    Cost: that, and one run of every encoder. Model gradients do not flow into the guide, but for that of a learned temperature.
 
     Args:
         model: a Pyro program; the guide keeps it, but does not own its parameters.

@@ -40,11 +40,11 @@ def walk(
             and their indices by name.
 
     Returns:
-        Values by site; their gradients reach the parameters, and nothing of the model.
+        Values by site; their gradients reach the parameters, and of the model nothing but the temperature of relaxed sites.
     """
     handler = _Walk(latents, rows)
     try:
-        with torch.no_grad(), handler:
+        with torch.set_grad_enabled(handler.model_grad), handler:
             own_params(model)(*args, **kwargs)
     except _LastSiteReached:
         pass
@@ -67,11 +67,12 @@ def meet(
     """Run a model up to its last latent, seen by nobody and without a trace in the caller's random state.
 
     Returns:
-        The latents by name, and the rows of the plates that the program itself gave, not drew, by plate.
+        The latents by name (temperatures with their gradient), and the rows of the plates that the program itself gave, not
+        drew, by plate.
     """
     handler = _Meeting(latents)
     try:
-        with poutine.block(), isolated_rng(), torch.no_grad(), handler:
+        with poutine.block(), isolated_rng(), torch.set_grad_enabled(handler.model_grad), handler:
             own_params(model)(*args, **kwargs)
     except _LastSiteReached:
         pass
@@ -87,15 +88,21 @@ class _Meeting(Messenger):
 
     def __init__(self, latents: Iterable[Latent]) -> None:
         super().__init__()
+        latents = tuple(latents)
         self.waiting = {latent.name for latent in latents}
+        self.grad = torch.is_grad_enabled()
+        self.model_grad = self.grad and any(latent.gradient == "relaxed" for latent in latents)  # of a learned temperature
         self.met: dict[str, Met] = {}
         self.given: dict[str, Tensor] = {}
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
-        """Answer without the store where it does not know the name; outer handlers do not see the model's parameters."""
+        """Answer without the store where it does not know the name; outer handlers do not see the model's parameters.
+
+        Where gradients are wanted, the model is about to be run, too: a temperature has to be the same leaf in both.
+        """
         msg["stop"] = True
         initial = msg["args"][1] if len(msg["args"]) > 1 else None
-        if msg["done"] or initial is None or msg["name"] in pyro.get_param_store():
+        if msg["done"] or self.model_grad or initial is None or msg["name"] in pyro.get_param_store():
             return
         value = (initial() if callable(initial) else initial).detach()
         value.unconstrained = weakref.ref(value)
@@ -122,7 +129,6 @@ class _Walk(_Meeting):
         self.latents = {latent.name: latent for latent in latents}
         self.indices: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
-        self.grad = torch.is_grad_enabled()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if is_subsample(msg):
@@ -140,7 +146,7 @@ class _Walk(_Meeting):
         if is_subsample(msg):
             self.indices[msg["name"]] = torch.as_tensor(msg["value"])
             return
-        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(self.model_grad)
         if msg["name"] in self.latents and not msg["is_observed"]:
             self.values[msg["name"]] = msg["value"]
         self.waiting.discard(msg["name"])
