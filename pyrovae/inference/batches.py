@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrovae.handlers.structure import Structure, read_structure
 from pyrovae.inference.posterior import Program
+from pyrovae.inference.rows import row_keys, take
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Batches:
     ) -> None:
         self.args, self.kwargs, self.size, self.prepare, self.indexed = args, dict(kwargs), size, prepare, indexed
         self.rows = num_rows(args)
+        self.keys = row_keys(args, kwargs, self.rows)  # whose rows a minibatch takes
         if size is not None and size > self.rows:
             raise ValueError(f"expected batch_size <= the {self.rows} rows of the data, got {size}")
         self.order: Tensor | None = None
@@ -71,7 +73,7 @@ class Batches:
             self.order, self.start = torch.randperm(self.rows, device=self.args[0].device), 0
         index = self.order[self.start : self.start + size]
         self.start += size
-        args, kwargs = pick(self.args, self.kwargs, index)
+        args, kwargs = take(self.args, self.kwargs, index, self.keys)
         if self.indexed:
             return Batch(self.prepare(args), kwargs | {"index": index, "num_data": self.rows}, 1.0, size)
         return Batch(self.prepare(args), kwargs, self.rows / size, size)
@@ -90,16 +92,6 @@ class Batches:
 def num_rows(args: tuple[Any, ...]) -> int:
     """The rows of the data, the first argument; 1 where it is no tensor with a first dim."""
     return len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 1
-
-
-def pick(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same rows of every tensor as long as the data; anything else as it is."""
-    length = num_rows(args)
-
-    def rows(value: Any) -> Any:
-        return value[index] if isinstance(value, Tensor) and value.dim() and len(value) == length else value
-
-    return tuple(rows(value) for value in args), {name: rows(value) for name, value in kwargs.items()}
 
 
 def take_index(

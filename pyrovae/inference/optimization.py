@@ -20,13 +20,15 @@ from pyrovae.handlers.own_params import own_params
 from pyrovae.handlers.relax import relax
 from pyrovae.handlers.structure import Structure, read_structure
 from pyrovae.handlers.surrogate import surrogate
-from pyrovae.inference.batches import Batches, check_scalable, num_rows, pick, take_index
+from pyrovae.inference.batches import Batches, check_scalable, num_rows, take_index
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
 from pyrovae.inference.fault import check_gradients, explained, found_fault, generators
 from pyrovae.inference.fit import squared_norm, state_of
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program
+from pyrovae.inference.rows import minibatch_keys, take
 from pyrovae.inference.schedules import Average, Dial, make_optimizer, make_scheduler, names_in_store
+from pyrovae.inference.true_bound import evaluating, modules_of
 from pyrovae.ops import isolated_rng
 
 if TYPE_CHECKING:
@@ -177,14 +179,17 @@ class Optimization:
         if size is None:
             return self.method._prepared(self.args), self.kwargs
         index = torch.arange(size, device=self.device)
-        args, kwargs = pick(self.args, self.kwargs, index)
+        with evaluating([module for program in programs for module in modules_of(program)]):
+            batches.keys = minibatch_keys(programs, self.args, self.kwargs, self.rows, prepare=self.method._prepared)
+        args, kwargs = take(self.args, self.kwargs, index, batches.keys)
         args = self.method._prepared(args)
         batches.indexed = take_index(programs, args, kwargs, index, self.rows)
         return args, kwargs | ({"index": index, "num_data": self.rows} if batches.indexed else {})
 
     def _check_other_rows(self, programs: tuple[Program, ...]) -> None:
         """Refuse programs with parameters for each row that no `index` reaches: minibatches would share them by place."""
-        args, kwargs = pick(self.args, self.kwargs, torch.arange(len(self.first[0]) + 1, device=self.device))
+        index = torch.arange(len(self.first[0]) + 1, device=self.device)
+        args, kwargs = take(self.args, self.kwargs, index, self.batches.keys)
         args = self.method._prepared(args)
         for program in programs:
             try:

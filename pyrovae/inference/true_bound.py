@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from pyrovae.handlers import discretize
 from pyrovae.handlers.measures import check_measures
 from pyrovae.handlers.structure import Structure, read_structure
-from pyrovae.inference.batches import num_rows, pick
+from pyrovae.inference.batches import num_rows
 from pyrovae.inference.exact import Exact
 from pyrovae.inference.fit import root_module
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program
+from pyrovae.inference.rows import NUMEL, row_wise, take_some
 from pyrovae.inference.weighing import weigh
 from pyrovae.ops import isolated_rng
 
-_NUMEL = 2**22  # elements of data and latents that one run of the programs sees
 _SEED = 0x5EED
 
 
@@ -63,16 +63,16 @@ class TrueBound:
         programs = (model,) if guide is None else (model, guide)
         total = self.rows = num_rows(args)
         self.index: Tensor | None = None
-        structures = self._apart(programs, total)
-        if structures is None:
-            structures = [self._structure(program, None) for program in programs]
+        self.guided, self.max_rows, self.part = guide is not None, max_rows, total
+        with evaluating(self.modules):
+            split = row_wise(programs, args, kwargs, total, indexed=indexed, prepare=prepare, needed=self._parted)
+        self.split = split
+        if split is None:
+            structures = tuple(self._structure(program, None) for program in programs)
         else:
-            of_model = structures[0]
-            row = sum(math.prod(s.event_shape) * math.prod(p.size for p in s.plates) for s in of_model.observed)
-            row += sum(math.prod(s.batch_shape + s.event_shape) for s in of_model.latents)
-            self.part = max(1, 2 * _NUMEL // (num_samples * row)) if guide is not None else total  # of two rows
+            structures = split.structures
             self.rows = total if max_rows is None else min(total, max_rows)
-            if min(self.part, self.rows) < total:
+            if self._parted(split.numel):
                 order = torch.randperm(total, generator=torch.Generator().manual_seed(_SEED))
                 self.index = order[: self.rows].sort().values.to(args[0].device)
         hard = [_hard(program, structure) for program, structure in zip(programs, structures, strict=True)]
@@ -117,8 +117,8 @@ class TrueBound:
             yield self._prepared(args, start), kwargs
 
     def _rows(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = pick(self.args, self.kwargs, index)
-        return args, kwargs | ({"index": index, "num_data": num_rows(self.args)} if self.indexed else {})
+        assert self.split is not None
+        return take_some(self.args, self.kwargs, index, self.split, num_rows(self.args))
 
     def _prepared(self, args: tuple[Any, ...], start: int) -> tuple[Any, ...]:
         with isolated_rng(_SEED + 1 + start):  # draws of its own, which those of the guide do not move
@@ -132,19 +132,12 @@ class TrueBound:
         with evaluating(self.modules):
             return read_structure(program, self._prepared(args, 0), kwargs)
 
-    def _apart(self, programs: tuple[Program, ...], total: int) -> list[Structure] | None:
-        """What the programs are made of with two rows, where every latent is in a plate that follows the number of rows."""
-        if total <= 3:
-            return None
-        try:
-            two, three = ([self._structure(program, size) for program in programs] for size in (2, 3))
-        except (ValueError, RuntimeError, IndexError, TypeError):
-            return None
-        followed = [
-            {p.dim for p in a.batch if p.size == 2 and p.name not in a.random_plates} & {p.dim for p in b.batch if p.size == 3}
-            for a, b in zip(two, three, strict=True)
-        ]
-        return two if set.intersection(*followed) else None
+    def _parted(self, numel: int) -> bool:
+        """Whether some rows are taken at a time, or some in all, by the elements of a row."""
+        total = num_rows(self.args)
+        if self.guided:
+            self.part = max(1, NUMEL // (self.num_samples * numel))
+        return min(self.part, total if self.max_rows is None else self.max_rows) < total
 
 
 def modules_of(program: Any) -> list[nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +10,15 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Site, Structure, both, draw_sites, read_structure, unmask
+from pyrovae.handlers.structure import Site, both, draw_sites, unmask
 from pyrovae.inference.elimination import Term
 from pyrovae.inference.factors import site_factor
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.narrow import NarrowDraws
 from pyrovae.inference.posterior import Program, States
+from pyrovae.inference.rows import NUMEL, doubt, row_numel, row_wise, take
 from pyrovae.ops import effective_sample_size, log_mean_exp
 
-_NUMEL = 2**22  # elements of data and latents that one run of a program sees
 _SPREAD = 40  # particles of one run, where the rows are split: more and an encoder's runs cost nothing beside the decoder's
 
 
@@ -74,8 +73,8 @@ class Weighed:
 
 def weighed(log_joint: LogJoint, guide: Program, num_particles: int) -> Iterator[Weighed]:
     """Draw from a guide and weigh, as :func:`weigh`, some particles at a time."""
-    row = _row_numel(log_joint.structure) * max(1, log_joint.structure.batch_shape.numel())
-    size = max(1, min(num_particles, _NUMEL // max(1, row)))
+    row = row_numel(log_joint.structure) * max(1, log_joint.structure.batch_shape.numel())
+    size = max(1, min(num_particles, NUMEL // max(1, row)))
     if not log_joint.broadcasts:
         size = 1
     start = 0
@@ -161,8 +160,9 @@ def split_rows(
     """Split the rows of a call, so that model and guide see a few at a time.
 
     The plate of the data is one around every site, as long as the first argument. Every tensor as long as it is split
-    likewise; a program that takes `index` and `num_data` gets them. Where no such plate exists, or the programs cannot run
-    on a part (parameters for each row that no index reaches), all rows stay together.
+    likewise, if a few rows are then scored as they are among all; a program that takes `index` and `num_data` gets them.
+    Where no such plate exists, or the programs cannot run on a part (parameters for each row that no index reaches) or score
+    it otherwise, all rows stay together.
 
     Args:
         model: a Pyro program.
@@ -182,19 +182,30 @@ def split_rows(
     total = next((len(value) for value in args if isinstance(value, Tensor) and value.dim()), 0)
     if total <= 3 or (batch_size is not None and batch_size >= total):
         return whole
+
+    def size(numel: int) -> int:
+        return batch_size or min(total, max(1, NUMEL // numel // max(1, min(num_particles, _SPREAD))))
+
     for indexed in (True, False):
-        found = _splits(model, guide, args, kwargs, total, indexed=indexed)
+        found = row_wise((model, guide), args, kwargs, total, indexed=indexed, needed=lambda numel: size(numel) < total)
         if found is None:
             continue
-        axis, row = found
-        size = batch_size or min(total, max(1, _NUMEL // row // max(1, min(num_particles, _SPREAD))))
-        if size == total:
+        if size(found.numel) == total:
             return whole
-        return Rows(tuple(_call(args, kwargs, total, start, size, indexed=indexed) for start in range(0, total, size)), axis)
+        device = next(value.device for value in args if isinstance(value, Tensor) and value.dim())
+        calls = []
+        for start in range(0, total, size(found.numel)):
+            part = slice(start, min(start + size(found.numel), total))
+            some, named = take(args, kwargs, part, found.keys)
+            if indexed:
+                named = {"index": torch.arange(part.start, part.stop, device=device), "num_data": total} | named
+            calls.append((some, named))
+        return Rows(tuple(calls), found.axis)
     if batch_size is not None:
         raise ValueError(
             f"expected programs whose rows can be split into batches of {batch_size}, got some without a plate of the {total} "
-            "rows of their first argument around every site, or that cannot run on a part of them; leave out batch_size"
+            "rows of their first argument around every site, that cannot run on a part of them, or that score a part of them "
+            f"otherwise; {doubt(args, kwargs, total) or 'leave out batch_size'}"
         )
     return whole
 
@@ -209,49 +220,6 @@ def log_joints(model: Program, rows: Rows, method: str | None = None) -> Iterato
             if method is not None:
                 log_joint.check_rows(method)
         yield log_joint
-
-
-def _splits(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], total: int, *, indexed: bool
-) -> tuple[int, int] | None:
-    """The place among the batch dims of the plate that follows the number of rows passed, and the elements of a row.
-
-    None where there is no such plate, or a program cannot run on two rows, or on three.
-    """
-    try:
-        two, three = (read_structure(model, *_call(args, kwargs, total, 0, size, indexed=indexed)) for size in (2, 3))
-        guides = [read_structure(guide, *_call(args, kwargs, total, 0, size, indexed=indexed)) for size in (2, 3)]
-    except (ValueError, TypeError, IndexError, RuntimeError):
-        return None
-    for i, (a, b) in enumerate(zip(two.batch, three.batch, strict=False)):
-        follows = a.dim == b.dim and (a.size, b.size) == (2, 3) and a.name not in two.random_plates
-        if follows and all((a.dim, n) in {(p.dim, p.size) for p in g.batch} for g, n in zip(guides, (2, 3), strict=True)):
-            return i, _row_numel(two) * two.batch_shape.numel() // 2
-    return None
-
-
-def _call(
-    args: tuple[Any, ...], kwargs: dict[str, Any], total: int, start: int, size: int, *, indexed: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments for some rows."""
-    stop = min(start + size, total)
-
-    def part(value: Any) -> Any:
-        return value[start:stop] if isinstance(value, Tensor) and value.dim() and len(value) == total else value
-
-    kwargs = {name: part(value) for name, value in kwargs.items()}
-    if indexed:
-        device = next(value.device for value in args if isinstance(value, Tensor) and value.dim())
-        kwargs = {"index": torch.arange(start, stop, device=device), "num_data": total} | kwargs
-    return tuple(part(value) for value in args), kwargs
-
-
-def _row_numel(structure: Structure) -> int:
-    """Elements of data and latents of one row of the batch."""
-    rows = max(1, structure.batch_shape.numel())
-    total = sum(math.prod(site.event_shape) * math.prod(p.size for p in site.plates) for site in structure.observed)
-    total += sum(math.prod(latent.batch_shape + latent.event_shape) for latent in structure.latents)
-    return max(1, total // rows)
 
 
 def _draw(guide: Program, log_joint: LogJoint, count: int) -> Drawn:

@@ -104,7 +104,7 @@ def test_per_row_parameters_without_an_index_are_refused():
 @pytest.mark.parametrize("numel", [2**22, 2000])
 def test_bound_of_rows_a_few_at_a_time(monkeypatch, local, numel):
     net, guide, x = net_and_guide(local=local)
-    monkeypatch.setattr(true_bound, "_NUMEL", numel)
+    monkeypatch.setattr(true_bound, "NUMEL", numel)
     exact = elbo_by_enumeration(net, guide, x).detach()
     judge = TrueBound(net, guide, (x,), {}, plain, num_samples=40, indexed=local)
     assert (judge.index is not None) == (numel == 2000)
@@ -124,7 +124,7 @@ def test_bound_of_rows_a_few_at_a_time(monkeypatch, local, numel):
 def test_local_rows_in_another_order_are_noticed(monkeypatch):
     """Without the index, a guide of one set of parameters a row could not take a part of the rows."""
     net, guide, x = net_and_guide(local=True)
-    monkeypatch.setattr(true_bound, "_NUMEL", 2000)
+    monkeypatch.setattr(true_bound, "NUMEL", 2000)
     judge = TrueBound(net, guide, (x,), {}, plain, num_samples=400, indexed=True)
     found, stderr = judge()
     other = elbo_by_enumeration(net, guide, x.roll(1, 0)).detach().mean()
