@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 from torch.distributions.utils import probs_to_logits
+from torch.nn.functional import softplus
 
 from pyrovae.distributions.supports import simplex_tolerance
 
@@ -42,8 +43,8 @@ def as_temperature(temperature: float | Tensor, logits: Tensor, *, validate: boo
     return logits.new_tensor(float(temperature))
 
 
-def as_logits(family: str, probs: Any, logits: Any, *, validate: bool, event_dim: int) -> Tensor:
-    """The logits, as given or from the probabilities, as a floating tensor.
+def as_logits(family: str, probs: Any, logits: Any, *, validate: bool, event_dim: int, hard: bool = False) -> Tensor:
+    """The logits, as given or from the probabilities, as a floating tensor; impossible values are for `hard` families.
 
     Raises:
         ValueError: unless one of the two is given; where validated, for values that are infinite or NaN, and probabilities
@@ -57,7 +58,7 @@ def as_logits(family: str, probs: Any, logits: Any, *, validate: bool, event_dim
     value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
     if value.dim() < event_dim:
         raise ValueError(f"expected {name} of {family} with a last dim of categories, got a 0-d tensor")
-    if validate and not bool(torch.isfinite(value).all()):
+    if validate and not bool((_possible(value, event_dim) if hard and logits is not None else torch.isfinite(value)).all()):
         raise ValueError(
             f"expected finite {name} for {family}, got {int((~torch.isfinite(value)).sum())} infinite or NaN of "
             f"{value.numel()}; a category that is all but impossible has a logit of -30 or so"
@@ -75,6 +76,33 @@ def as_logits(family: str, probs: Any, logits: Any, *, validate: bool, event_dim
             "normalise them, or pass their logarithms as logits"
         )
     return probs_to_logits(value / total.unsqueeze(-1))
+
+
+def _possible(logits: Tensor, event_dim: int) -> Tensor:
+    """Which logits a hard family takes: −∞ is a value that is never drawn, and ∞ a bit that is always 1."""
+    return ~torch.isnan(logits) & (logits < torch.inf) if event_dim else ~torch.isnan(logits)
+
+
+def bounded(logits: Tensor) -> Tensor:
+    """Logits within ±√max of their dtype: times 0 they are 0, and products with other weights stay finite, too."""
+    most = torch.finfo(logits.dtype).max ** 0.5
+    return logits.clamp(-most, most)
+
+
+def category_log_prob(value: Tensor, logits: Tensor) -> Tensor:
+    """Σ_k v_k logits_k over the last dim, linear in the value: 0 · −∞ counts as 0, and an impossible category as −∞."""
+    logits = bounded(logits)
+    return _impossible((value * logits).sum(-1))
+
+
+def bit_log_prob(value: Tensor, logits: Tensor) -> Tensor:
+    """Likewise v · logits − softplus(logits)."""
+    logits = bounded(logits)
+    return _impossible(value * logits - softplus(logits, threshold=EXACT_SOFTPLUS))
+
+
+def _impossible(log_prob: Tensor) -> Tensor:
+    return log_prob.masked_fill(log_prob.detach() <= -(torch.finfo(log_prob.dtype).max ** 0.5), -torch.inf)
 
 
 def open_uniform(shape: Size, like: Tensor) -> Tensor:

@@ -16,7 +16,16 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 from torch.nn.functional import softplus
 
-from pyrovae.distributions.parameters import EXACT_SOFTPLUS, as_logits, as_temperature, open_uniform, softmax
+from pyrovae.distributions.parameters import (
+    EXACT_SOFTPLUS,
+    as_logits,
+    as_temperature,
+    bit_log_prob,
+    bounded,
+    category_log_prob,
+    open_uniform,
+    softmax,
+)
 from pyrovae.distributions.relaxed_base import Relaxed
 from pyrovae.distributions.supports import lowest, open_interval, open_simplex
 
@@ -48,13 +57,13 @@ class RelaxedOneHotCategorical(Relaxed, dist.RelaxedOneHotCategorical):
             (`[*batch_shape, 1]` beside logits of as many dims).
         probs: probabilities `[*batch_shape, K]`, summing to 1.
         logits: log probabilities up to a constant, `[*batch_shape, K]`; give this or `probs`.
-        straight_through: draw one-hot values.
+        straight_through: draw one-hot values; a logit may then be −∞, of a category that is never drawn and gets no gradient.
         validate_args: check parameters and values; None follows Pyro's setting.
 
     Raises:
-        ValueError: for a temperature that is not positive and finite; for infinite or NaN logits, and probabilities that do
-            not sum to 1; when scoring, for one-hot values of a soft instance and soft values of a straight-through one.
-            A number as the temperature is always checked, the rest where validation is on.
+        ValueError: for a temperature that is not positive and finite; for infinite (where soft) or NaN logits, and
+            probabilities that do not sum to 1; when scoring, for one-hot values of a soft instance and soft values of a
+            straight-through one. A number as the temperature is always checked, the rest where validation is on.
 
     Example:
         >>> q = RelaxedOneHotCategorical(0.5, logits=torch.zeros(4, 3), straight_through=True)
@@ -81,7 +90,8 @@ class RelaxedOneHotCategorical(Relaxed, dist.RelaxedOneHotCategorical):
     ) -> None:
         if validate_args is not None:
             self._validate_args = validate_args
-        logits = as_logits(type(self).__name__, probs, logits, validate=self._validate_args, event_dim=1)
+        family, check = type(self).__name__, self._validate_args
+        logits = as_logits(family, probs, logits, validate=check, event_dim=1, hard=straight_through)
         t = as_temperature(temperature, logits, validate=self._validate_args)
         if t.dim() and t.dim() == logits.dim() and t.shape[-1] == 1:
             t = t.squeeze(-1)
@@ -120,7 +130,8 @@ class RelaxedOneHotCategorical(Relaxed, dist.RelaxedOneHotCategorical):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Values `[*sample_shape, *batch_shape, K]`, with their pathwise or straight-through gradient."""
         u = open_uniform(self._extended_shape(Size(sample_shape)), self._logits)
-        score = (self._logits - u.log_().neg_().log_()) / self._event_temperature  # logits plus Gumbel noise
+        logits = bounded(self._logits) if self.straight_through else self._logits
+        score = (logits - u.log_().neg_().log_()) / self._event_temperature  # logits plus Gumbel noise
         soft = softmax(score)
         if not self.straight_through:
             return soft.clamp_min(lowest(soft.dtype))
@@ -132,7 +143,7 @@ class RelaxedOneHotCategorical(Relaxed, dist.RelaxedOneHotCategorical):
         if self._validate_args:
             self._validate_sample(value)
         if self.straight_through:
-            return (value * self.logits).sum(-1)
+            return category_log_prob(value, self.logits)
         low = lowest(value.dtype)
         log_v = value.clamp_min(low).log()
         score = self._logits - self._event_temperature * log_v
@@ -167,7 +178,7 @@ class RelaxedBernoulli(Relaxed, dist.RelaxedBernoulli):
         temperature: positive; a number, or a tensor that broadcasts with the batch.
         probs: probabilities of a 1, `[*batch_shape]`.
         logits: log odds of a 1, `[*batch_shape]`; give this or `probs`.
-        straight_through: draw values in {0, 1}.
+        straight_through: draw values in {0, 1}; a logit may then be infinite.
         validate_args: check parameters and values; None follows Pyro's setting.
 
     Raises:
@@ -197,7 +208,8 @@ class RelaxedBernoulli(Relaxed, dist.RelaxedBernoulli):
     ) -> None:
         if validate_args is not None:
             self._validate_args = validate_args
-        logits = as_logits(type(self).__name__, probs, logits, validate=self._validate_args, event_dim=0)
+        family, check = type(self).__name__, self._validate_args
+        logits = as_logits(family, probs, logits, validate=check, event_dim=0, hard=straight_through)
         t = as_temperature(temperature, logits, validate=self._validate_args)
         self._set(t, logits, torch.broadcast_shapes(logits.shape, t.shape), straight_through=straight_through)
 
@@ -231,7 +243,8 @@ class RelaxedBernoulli(Relaxed, dist.RelaxedBernoulli):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Values `[*sample_shape, *batch_shape]`, with their pathwise or straight-through gradient."""
         u = open_uniform(self._extended_shape(Size(sample_shape)), self._logits)
-        score = (self._logits + torch.logit(u)) / self._temperature
+        logits = bounded(self._logits) if self.straight_through else self._logits
+        score = (logits + torch.logit(u)) / self._temperature
         soft = torch.sigmoid(score)
         if not self.straight_through:
             return soft.clamp(lowest(soft.dtype), 1 - torch.finfo(soft.dtype).eps)
@@ -242,7 +255,7 @@ class RelaxedBernoulli(Relaxed, dist.RelaxedBernoulli):
         if self._validate_args:
             self._validate_sample(value)
         if self.straight_through:
-            return value * self._logits - softplus(self._logits, threshold=EXACT_SOFTPLUS)
+            return bit_log_prob(value, self._logits)
         low, high = lowest(value.dtype), 1 - torch.finfo(value.dtype).eps
         value = value.clamp(low, high)
         log_v, log_not_v = value.log(), torch.log1p(-value)

@@ -8,9 +8,15 @@ from typing import Any, Literal
 import pyro.distributions as dist
 import torch
 from torch import Size, Tensor
-from torch.nn.functional import softplus
 
-from pyrovae.distributions.parameters import EXACT_SOFTPLUS, check_temperature, open_uniform, softmax
+from pyrovae.distributions.parameters import (
+    bit_log_prob,
+    bounded,
+    category_log_prob,
+    check_temperature,
+    open_uniform,
+    softmax,
+)
 
 Estimator = Literal["reinmax", "straight_through"]
 
@@ -53,7 +59,7 @@ class SurrogateOneHotCategorical(_Surrogate, dist.OneHotCategorical):
     OneHotCategorical scores the argmax of z, and its part of the gradient is then missing under `Trace_ELBO`.
 
     Args:
-        logits: log probabilities up to a constant, `[*batch_shape, K]`.
+        logits: log probabilities up to a constant, `[*batch_shape, K]`; a category with −∞ is never drawn and gets no gradient.
         estimator: "reinmax" or "straight_through".
         temperature: of the surrogate's softmax only, draws have that of the distribution; ReinMax wants 1 or more.
         validate_args: check parameters and values; None follows Pyro's setting.
@@ -84,8 +90,9 @@ class SurrogateOneHotCategorical(_Surrogate, dist.OneHotCategorical):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """One-hot values `[*sample_shape, *batch_shape, K]`, with the surrogate's gradient."""
         hard = self.sample(sample_shape)
-        logits = self.logits.detach()
-        zero = self.logits - logits
+        given = bounded(self.logits)
+        logits = given.detach()
+        zero = given - logits
         t = self.surrogate_temperature
         pi = logits.exp()
         soft = pi if type(t) in (int, float) and t == 1 else softmax(logits / t)
@@ -104,7 +111,7 @@ class SurrogateOneHotCategorical(_Surrogate, dist.OneHotCategorical):
         """Log probability of `value [..., *batch_shape, K]`, linear in it, so that its gradient reaches the draw."""
         if self._validate_args:
             self._validate_sample(value)
-        return (value * self.logits).sum(-1)
+        return category_log_prob(value, self.logits)
 
 
 class SurrogateBernoulli(_Surrogate, dist.Bernoulli):
@@ -115,7 +122,7 @@ class SurrogateBernoulli(_Surrogate, dist.Bernoulli):
     π_t (1 − π_t) g / t ("straight_through").
 
     Args:
-        logits: log odds of a 1, `[*batch_shape]`.
+        logits: log odds of a 1, `[*batch_shape]`; −∞ is always 0 and ∞ always 1, without a gradient.
         estimator: "reinmax" or "straight_through".
         temperature: of the surrogate's softmax only, draws have that of the distribution; ReinMax wants 1 or more.
         validate_args: check parameters and values; None follows Pyro's setting.
@@ -146,19 +153,21 @@ class SurrogateBernoulli(_Surrogate, dist.Bernoulli):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Values in {0, 1}, `[*sample_shape, *batch_shape]`, with the surrogate's gradient."""
         hard = self.sample(sample_shape)
-        zero = self.logits - self.logits.detach()
+        given = bounded(self.logits)
+        logits = given.detach()
+        zero = given - logits
         t = self.surrogate_temperature
-        soft = torch.sigmoid(self.logits.detach() / t)
+        soft = torch.sigmoid(logits / t)
         if self.estimator == "straight_through":
             return hard + soft * (1 - soft) / t * zero
-        pi, half = torch.sigmoid(self.logits.detach()), (soft + hard) / 2
+        pi, half = torch.sigmoid(logits), (soft + hard) / 2
         return hard + (2 * half * (1 - half) - pi * (1 - pi) / 2) * zero
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability of `value [..., *batch_shape]`, linear in it."""
         if self._validate_args:
             self._validate_sample(value)
-        return value * self.logits - softplus(self.logits, threshold=EXACT_SOFTPLUS)
+        return bit_log_prob(value, self.logits)
 
 
 def check_estimator(estimator: str) -> None:
