@@ -15,7 +15,7 @@ from pyrovae.guides.amortized import evaluating, taken, tensors_of
 from pyrovae.guides.factor import factor, width
 from pyrovae.guides.mean_field import MeanField, plate_sizes, stored_rows, taken_rows
 from pyrovae.guides.pilot import example_of, innermost_program, positional, read_pilot
-from pyrovae.guides.walk import Met, meet
+from pyrovae.guides.walk import Met, marked, meet
 from pyrovae.handlers.anneal import ScaleLatents
 from pyrovae.handlers.structure import Latent
 from pyrovae.ops import isolated_rng
@@ -130,7 +130,7 @@ class AmortizedStructured(MeanField):
             for frame in met.frames:
                 if frame.vectorized:
                     stack.enter_context(plates[frame.name])
-            value: Tensor = pyro.sample(latent.name, fn)
+            value: Tensor = pyro.sample(latent.name, fn, infer=marked(fn))
         return value
 
     def _encode(

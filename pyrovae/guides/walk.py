@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyrovae.guides.factor import factor
 from pyrovae.handlers import own_params
+from pyrovae.handlers.rewrite import MARK, values_of
 from pyrovae.handlers.structure import Latent, is_subsample
 from pyrovae.ops import isolated_rng
 
@@ -77,6 +78,12 @@ def meet(
     except _LastSiteReached:
         pass
     return handler.met, handler.given
+
+
+def marked(fn: Any) -> dict[str, Any]:
+    """The `infer` that tells a relaxed model what kind of values a factor draws."""
+    values = values_of(fn)
+    return {} if values is None else {MARK: values}
 
 
 class _LastSiteReached(Exception):
@@ -140,7 +147,8 @@ class _Walk(_Meeting):
         frames = {frame.dim: frame for frame in msg["cond_indep_stack"] if frame.vectorized}
         torch.set_grad_enabled(self.grad)
         msg["fn"] = factor(latent, self.rows(latent, frames, self.indices), frames, msg["fn"])
-        msg["infer"] = {key: value for key, value in msg["infer"].items() if key == "is_auxiliary"}
+        kept = {key: value for key, value in msg["infer"].items() if key == "is_auxiliary"}
+        msg["infer"] = kept | marked(msg["fn"])
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if is_subsample(msg):

@@ -51,6 +51,11 @@ def relax(
     gradient biased. Report the discrete bound.
     Cost: that of the program.
 
+    *Model and guide must agree.* A density that meets a mass at a site makes no bound. What is relaxed here says so where the
+    guide's sites are marked (wrapped by `relax` or `surrogate`, or drawn by a guide of this library), where Pyro's validation
+    is on, and else by a look at the values, on the CPU. Stock `SVI` cannot see all: a Normal prior takes the values of a bit
+    without a word. `Variational` and `evaluate` refuse every such pair (:func:`pyrovae.handlers.check_measures`).
+
     Args:
         program: a Pyro program: ours, a `PyroModule`, a plain function; also a guide, whose sites must then meet those of a
             model relaxed at the same sites, in the same way.
@@ -110,7 +115,8 @@ class RelaxReparam(Reparam):
     """The relaxation of single sites, for `poutine.reparam`.
 
     The site keeps its name and stays a latent, so that it works on models and on hand-written guides; bias as in
-    :func:`relax`. Observed and continuous sites stay as they are.
+    :func:`relax`. Observed and continuous sites stay as they are. Pyro lets a reparameterisation leave no mark at a site: that
+    model and guide agree is checked only while Pyro's validation is on, and by `Variational` and `evaluate`.
 
     Args:
         temperature: positive; as for :func:`relax`.
@@ -156,7 +162,7 @@ class _Relaxation:
 
 class _Discretization:
     def handler(self) -> Messenger:
-        return Rewrite(_discrete)
+        return Rewrite(_discrete, "hard")
 
 
 class _Relaxer:

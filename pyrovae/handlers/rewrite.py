@@ -11,7 +11,11 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
 from pyrovae.distributions.parameters import check_temperature
+
+Values = Literal["soft", "hard"]
+MARK = "pyrovae_values"  # in `infer`: whether a site draws soft or hard values
 
 
 class Rule(Protocol):
@@ -43,10 +47,11 @@ class Rewrite(Messenger):
     """Replaces the distribution of every latent site by `change(name, fn)`.
 
     With a mark ("soft" values have a density, "hard" ones a mass) the sites that it changes carry it in `infer`. A replay
-    puts the guide's `infer` in place of the model's, so that a model tells how its guide was rewritten.
+    puts the guide's `infer` in place of the model's, so that a model tells how its guide was rewritten. Where the guide
+    carries no mark, its values are looked at, on the CPU only: elsewhere that would wait for the device.
     """
 
-    def __init__(self, change: Callable[[str, Any], Any], mark: Literal["soft", "hard"] | None = None) -> None:
+    def __init__(self, change: Callable[[str, Any], Any], mark: Values | None = None) -> None:
         super().__init__()
         self.change, self.mark = change, mark
         self.marked: set[str] = set()
@@ -59,18 +64,34 @@ class Rewrite(Messenger):
         msg["fn"] = rewrap(fn, lambda fn: self.change(msg["name"], fn))
         if self.mark and msg["fn"] is not fn:
             self.marked.add(msg["name"])
-            msg["infer"] = {**(msg["infer"] or {}), "pyrovae_values": self.mark}
+            msg["infer"] = {**(msg["infer"] or {}), MARK: self.mark}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] not in self.marked or not is_latent(msg):
-            return
-        found = (msg["infer"] or {}).get("pyrovae_values", self.mark)
-        if found != self.mark:
+        if msg["name"] not in self.marked or not is_latent(msg) or values_of(msg["fn"]) != self.mark:
+            return  # the last: a handler outside has rewritten the site again
+        found = (msg["infer"] or {}).get(MARK) or _kind(msg["fn"], msg["value"])
+        if found is not None and found != self.mark:
             raise ValueError(
                 f"expected values of one kind at site {msg['name']!r} in model and guide, got a model rewritten for "
                 f"{self.mark} values and a guide for {found} ones: a density would meet a mass; wrap both alike, with the "
                 "same straight_through"
             )
+
+
+def values_of(fn: Any) -> Values | None:
+    """The kind of values that a site draws, of the families that can be rewritten; None of others."""
+    family = innermost(fn)
+    if isinstance(family, (RelaxedBernoulli, RelaxedOneHotCategorical)):
+        return "hard" if family.straight_through else "soft"
+    discrete = (torch.distributions.Bernoulli, torch.distributions.OneHotCategorical)
+    return "hard" if isinstance(family, discrete) else None
+
+
+def _kind(fn: Any, value: Any) -> Values | None:
+    """What values look like: soft ones of a Bernoulli or category are never all 0 or 1."""
+    if not isinstance(value, Tensor) or value.device.type != "cpu" or not value.numel() or innermost(fn).event_shape == (1,):
+        return None
+    return "hard" if bool(((value == 0) | (value == 1)).all()) else "soft"
 
 
 def is_latent(msg: dict[str, Any]) -> bool:

@@ -15,10 +15,10 @@ from torch import nn
 from torch.distributions import constraints, kl_divergence
 
 from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
-from pyrovae.guides import AmortizedMeanField, LocalMeanField
-from pyrovae.handlers import RelaxReparam, discretize, own_params, relax, surrogate
+from pyrovae.guides import AmortizedMeanField, AmortizedStructured, LocalMeanField
+from pyrovae.handlers import RelaxReparam, discretize, own_params, relax, rewrite, surrogate
 from pyrovae.inference import Exact
-from pyrovae.models import SigmoidBeliefNet, toy
+from pyrovae.models import HierarchicalVAE, SigmoidBeliefNet, toy
 
 
 class Mixed:
@@ -115,16 +115,17 @@ def test_discretize_undoes_relax():
     """The log joint of the discrete program, at every site and the same values."""
     model, x = Mixed(), data()
     trace = poutine.trace(model).get_trace(x)
-    for program, equal in ((discretize(relax(model, 0.5)), True), (relax(model, 0.5), False)):
-        with pyro.validation_enabled(equal):  # validation refuses hard values of soft sites
-            again = poutine.trace(poutine.replay(program, trace)).get_trace(x)
-            trace.compute_log_prob(), again.compute_log_prob()
+    for program, equal in ((discretize(relax(model, 0.5)), True), (discretize(relax(Mixed(), 0.5)), False)):
+        again = poutine.trace(poutine.replay(program, trace)).get_trace(x)
+        trace.compute_log_prob(), again.compute_log_prob()
         same = all(
             torch.allclose(again.nodes[n]["log_prob"], s["log_prob"], rtol=0, atol=1e-13)
             for n, s in trace.nodes.items()
             if s["type"] == "sample" and n != "rows"
         )
         assert same is equal
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="one kind at site"):
+        poutine.replay(relax(model, 0.5), trace)(x)
 
 
 STOCK = {
@@ -455,13 +456,43 @@ def test_a_mass_met_by_a_density_is_refused():
                 pytest.raises(ValueError, match=r"values of one kind at site .* a density would meet a mass"),
             ):
                 Trace_ELBO().loss(p, q)
-    with pytest.raises(ValueError, match="expected soft values"):
-        Trace_ELBO().loss(soft(model), guide)
-    with pytest.raises(ValueError, match="got soft ones"):
-        Trace_ELBO().loss(hard(model), hand_written(straight_through=False)[1])
+    unmarked = [(soft(model), guide), (hard(model), hand_written(straight_through=False)[1])]
+    unmarked += [(surrogate(model), unmarked[1][1]), (discretize(soft(model)), unmarked[1][1])]
+    for p, q in unmarked:
+        for validate in (False, True):
+            for objective in (Trace_ELBO(), TraceMeanField_ELBO()):
+                with (
+                    pyro.validation_enabled(validate),
+                    pytest.raises(ValueError, match=r"values of one kind at site .* a density would meet a mass"),
+                ):
+                    objective.loss(p, q)
     for one, other in ((soft, soft), (hard, hard), (surrogate, hard), (hard, surrogate)):
         assert math.isfinite(Trace_ELBO().loss(one(model), other(guide)))
     assert math.isfinite(Trace_ELBO().loss(hard(model), hand_written(straight_through=True)[1]))
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_our_guides_tell_what_they_draw(structured, monkeypatch):
+    """Also where nobody looks at the values, as on a GPU."""
+    monkeypatch.setattr(rewrite, "_kind", lambda *_: None)
+    net = HierarchicalVAE(4, [("categorical", (2, 3)), ("normal", 1)], hidden=3)
+    guide = AmortizedStructured(net) if structured else AmortizedMeanField(net, nn.Linear(4, 8))
+    x = net.sample(3)
+    soft, hard = (lambda p: relax(p, 0.6)), (lambda p: relax(p, 0.6, True))
+    of_soft = AmortizedStructured(soft(net)) if structured else AmortizedMeanField(soft(net), nn.Linear(4, 8))
+    with pyro.validation_enabled(False):
+        for p, q in ((soft(net), guide), (hard(net), of_soft), (surrogate(net), of_soft), (soft(net), discretize(of_soft))):
+            with pytest.raises(ValueError, match=r"'h1' in model and guide"):
+                Trace_ELBO().loss(p, q, x)
+        right = [(soft(net), of_soft), (soft(net), soft(guide)), (hard(net), guide), (hard(net), hard(guide)), (net, guide)]
+        for p, q in [*right, (surrogate(net), guide), (surrogate(net), surrogate(guide)), (net, discretize(of_soft))]:
+            assert math.isfinite(Trace_ELBO().loss(p, q, x))
+
+
+def test_a_single_category_is_soft_and_hard_at_once():
+    program = relax(lambda: pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(2, 1)).to_event(1)), 0.5)
+    fn = RelaxedOneHotCategorical(0.5, logits=torch.zeros(2, 1))
+    assert math.isfinite(Trace_ELBO().loss(program, lambda: pyro.sample("z", fn.to_event(1))))
 
 
 def test_impossible_categories_are_named():
