@@ -45,6 +45,17 @@ class Relaxed:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
+    def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002
+        """Refuse: soft values are not finitely many, and straight-through ones have no place for their gradient here.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"expected a site with values that can be enumerated, got a {type(self).__name__}; enumerate the discrete program: "
+            "take it as it was written, or wrap it in pyrovae.handlers.discretize"
+        )
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """The same distribution with a larger batch shape; no memory is taken."""
         new = self._get_checked_instance(type(self), _instance)

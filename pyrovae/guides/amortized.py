@@ -105,6 +105,7 @@ class AmortizedMeanField(MeanField):
                 output = run(*taken(encoder, tensors))
         except Exception as error:
             if strict:
+                explain_dtype(error, encoder, tensors)
                 _explain_width(error, self._example_shapes)
                 raise
             return self._pilot.local
@@ -118,6 +119,7 @@ class AmortizedMeanField(MeanField):
         try:
             output = encoder(*taken(encoder, tensors))
         except RuntimeError as error:
+            explain_dtype(error, encoder, tensors)
             shapes = _event_shapes(tensors, len(self._pilot.batch))
             if shapes == self._example_shapes:
                 _explain_width(error, shapes)
@@ -192,6 +194,24 @@ class _Perceptron(nn.Module):
                 shape[dim] = lead[i - len(self.dims)]
             result[name] = part.reshape((*lead[: len(lead) - len(self.dims)], *shape, n))
         return result
+
+
+def explain_dtype(error: Exception, encoder: Any, tensors: tuple[Tensor, ...]) -> None:
+    """Turn torch's error of an encoder that was given another dtype than its own into one that says so.
+
+    Raises:
+        ValueError: if the dtypes differ; else the error is another, and the caller's.
+    """
+    own = {p.dtype for p in encoder.parameters() if p.is_floating_point()} if isinstance(encoder, nn.Module) else set()
+    if not isinstance(error, RuntimeError) or len(own) != 1:
+        return
+    (wanted,) = own
+    other = sorted({str(tensor.dtype) for tensor in taken(encoder, tensors)} - {str(wanted)})
+    if other:
+        raise ValueError(
+            f"expected data of {wanted}, as the encoder's parameters, got {', '.join(other)}, on which it failed: {error}; "
+            f"convert it with x.to({wanted}), and divide bytes by 255"
+        ) from error
 
 
 def _explain_width(error: Exception, shapes: list[list[int]]) -> None:

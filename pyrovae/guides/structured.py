@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyrovae.guides.amortized import evaluating, taken, tensors_of
+from pyrovae.guides.amortized import evaluating, explain_dtype, taken, tensors_of
 from pyrovae.guides.factor import factor, width
 from pyrovae.guides.mean_field import MeanField, plate_sizes, stored_rows, taken_rows
 from pyrovae.guides.pilot import example_of, innermost_program, positional, read_pilot
@@ -152,6 +152,7 @@ class AmortizedStructured(MeanField):
         try:
             output = net(*inputs)
         except RuntimeError as error:
+            explain_dtype(error, net, tuple(inputs))
             if "cannot be multiplied" in str(error):
                 raise ValueError(
                     f"expected an encoder of {name!r} as wide as its inputs, got inputs of shapes "

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from stats import means_agree
 from torch import nn
 from torch.distributions import constraints, kl_divergence
@@ -538,3 +538,23 @@ def test_discretize_undoes_straight_through():
     before, after = sites(model, x), sites(discretize(relax(model, 0.5, straight_through=True)), x)
     for name in ("g", "a", "b"):
         assert type(after[name]["fn"]) is type(before[name]["fn"])
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_relaxed_sites_are_not_enumerated(inside, straight_through):
+    def model():
+        z = pyro.sample("z", dist.OneHotCategorical(logits=torch.tensor([0.0, 1.0, 2.0])))
+        pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=torch.tensor(0.5))
+
+    def empty():
+        pass
+
+    relaxed = relax(model, 0.5, straight_through)
+    program = relax(config_enumerate(model), 0.5, straight_through) if inside else config_enumerate(discretize(relaxed))
+    objective = TraceEnum_ELBO(max_plate_nesting=0)
+    if inside:
+        with pytest.raises(NotImplementedError, match=r"can be enumerated, got a RelaxedOneHotCategorical; .*discretize"):
+            objective.loss(program, empty)
+    else:
+        assert objective.loss(program, empty) == pytest.approx(objective.loss(config_enumerate(model), empty))
