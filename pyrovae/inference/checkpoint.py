@@ -130,12 +130,16 @@ def load(folder: str | Path, name: str = "last") -> Checkpoint:
     if not isinstance(whole, dict) or "format" not in whole:
         raise ValueError(f"expected a checkpoint of pyrovae, got {path} without a format; {remedy}")
     if whole.pop("format") != FORMAT:
-        written = whole.get("account", {}).get("versions", {}).get("pyrovae", "another version")
+        account = whole.get("account")
+        versions = account.get("versions") if isinstance(account, dict) else None
+        written = versions.get("pyrovae", "another version") if isinstance(versions, dict) else "another version"
         raise ValueError(
             f"expected a checkpoint of format {FORMAT}, got another in {path}, written by pyrovae {written}; load it with that "
             "version, or train anew in another folder"
         )
-    found = whole.get("account", {}).pop("digest", None)
+    if not isinstance(whole.get("account"), dict):
+        raise ValueError(f"expected a checkpoint with an account of the run, got {path} without one; {remedy}")
+    found = whole["account"].pop("digest", None)
     if found is None or found != digest(whole):
         raise ValueError(f"expected a whole checkpoint, got {path}, whose content does not match its digest; {remedy}")
     account = {**whole.pop("account"), "digest": found}
@@ -196,6 +200,43 @@ def check_data(saved: Sequence[Any], here: Sequence[Any], path: Path) -> None:
         raise ValueError(
             f"expected the data that {path} was made with, {then}, got {now}; pass the same data, or train anew in another "
             "folder"
+        )
+
+
+def check_parts(saved: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on with validation data where a checkpoint had none, or without where it had some.
+
+    Raises:
+        ValueError: saying which.
+    """
+    for name in sorted(set(saved) ^ set(here)):
+        then, now = ("some", "none") if name in saved else ("none", "some")
+        raise ValueError(
+            f"expected {name} data as {path} was made with ({then}), got {now}: the best step would be judged otherwise; pass "
+            "the same, or train anew in another folder"
+        )
+
+
+def check_same(what: str, saved: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
+    """Refuse settings that differ from those of a checkpoint, whose run would go on as another.
+
+    Args:
+        what: for the message.
+        saved: plain values of the checkpoint, by name.
+        here: those of now.
+        path: of the checkpoint.
+
+    Raises:
+        ValueError: with all that differ.
+    """
+    names = [*saved, *(name for name in here if name not in saved)]
+    differ = [name for name in names if saved.get(name, "absent") != here.get(name, "absent")]
+    if differ:
+        then = ", ".join(f"{name}={saved.get(name, 'absent')!r}" for name in differ)
+        now = ", ".join(f"{name}={here.get(name, 'absent')!r}" for name in differ)
+        raise ValueError(
+            f"expected the {what} of {path}, {then}, got {now}; pass the same, or train anew in another folder (from these "
+            "weights, by checkpoint.load(folder).restore(model, guide))"
         )
 
 

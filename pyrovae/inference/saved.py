@@ -133,6 +133,21 @@ class Saved:
         return found
 
 
+# Options by which a run that goes on would be another one; functions are not compared.
+FIXED = (
+    "elbo",
+    "num_particles",
+    "temperature",
+    "straight_through",
+    "surrogate",
+    "beta",
+    "clip_norm",
+    "penalty",
+    "average",
+    "preprocess",
+)
+
+
 def settings(method: Variational, run: Optimization, num_steps: int) -> dict[str, Any]:
     """The options as plain values; functions by their names."""
 

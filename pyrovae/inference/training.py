@@ -20,7 +20,7 @@ from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
 from pyrovae.inference.fit import Fit, root_module, versions
 from pyrovae.inference.optimization import Optimization
 from pyrovae.inference.posterior import Program
-from pyrovae.inference.saved import Saved, settings
+from pyrovae.inference.saved import FIXED, Saved, settings
 from pyrovae.inference.true_bound import TrueBound
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Training:
             }
         )
         if found is not None:
+            files.check_parts(found.account["data"], self.data, found.path)
             for name, prints in self.data.items():
                 files.check_data(found.account["data"].get(name, []), prints, found.path)
         self.run = Optimization(method, model, args, kwargs, learn_model=True)
@@ -188,8 +189,6 @@ class Training:
 
     def _account(self) -> dict[str, Any]:
         method = self.method
-        programs = {"model": root_module(self.model), "guide": root_module(method.guide)}
-        configs = {name: files.config_of(module) for name, module in programs.items()}
         return {
             "step": self.step,
             "epoch": self.history[-1]["epoch"],
@@ -201,9 +200,17 @@ class Training:
             "versions": versions(),
             "data": self.data,
             "architecture": self.saved.architecture(),
+            **self._programs(),
+            "history": self.history,
+        }
+
+    def _programs(self) -> dict[str, Any]:
+        """What the programs that are modules are called, and the constructors' arguments of those that declare them."""
+        programs = {"model": root_module(self.model), "guide": root_module(self.method.guide)}
+        configs = {name: files.config_of(module) for name, module in programs.items()}
+        return {
             "programs": {name: type(module).__name__ for name, module in programs.items() if module is not None},
             "config": {name: config for name, config in configs.items() if config},
-            "history": self.history,
         }
 
     def _checkpoint(self) -> files.Checkpoint:
@@ -226,6 +233,7 @@ class Training:
         if contents["leaves"].get("objective"):
             run.discover()
         files.check_architecture(account["architecture"], self.saved.architecture(), found.path)
+        self._check_same(found)
         self.saved.put({"states": found.states, **contents})
         self.saved.put_run(contents["run"])
         self.history, self.step, self.seed = list(account["history"]), account["step"], account["seed"]
@@ -235,6 +243,21 @@ class Training:
             self.best = {"states": best.states, "leaves": best.contents["leaves"]}
         self.training.evaluations += account["evaluations"] - run.evaluations
         files.set_random_states(contents["generators"], run.device)
+
+    def _check_same(self, found: files.Checkpoint) -> None:
+        """Refuse programs and options that make another run than the checkpoint's."""
+        account, programs = found.account, self._programs()
+        files.check_same("programs", account["programs"], programs["programs"], found.path)
+        for name in ("model", "guide"):
+            then, now = (source["config"].get(name, {}) for source in (account, programs))
+            files.check_same(f"{name}'s config", then, now, found.path)
+        saved, here = account["settings"], settings(self.method, self.run, self.num_steps)
+        both = [name for name in FIXED if not (callable(getattr(self.method, name, None)) and isinstance(saved[name], str))]
+        then, now = ({name: source[name] for name in both} for source in (saved, here))
+        files.check_same("options", then, now, found.path)
+        then, now = ({"optim": str(source["optim"]).split("(")[0]} for source in (saved, here))
+        if "<" not in str(then) + str(now):  # a function of the user's own says nothing of what it makes
+            files.check_same("optimizer", then, now, found.path)
 
     def _evaluations(self) -> int:
         return self.run.evaluations + sum(b.evaluations for b in (self.training, self.validation) if b is not None)

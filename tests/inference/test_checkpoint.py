@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 from pyrovae import data
 from pyrovae.guides import AmortizedMeanField
 from pyrovae.inference import Variational, checkpoint, training
-from pyrovae.models import toy
+from pyrovae.models import GaussianVAE, toy
 
 STEPS = 12
 
@@ -230,6 +230,13 @@ def test_damaged_files(tmp_path):
     torch.save({"weights": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="without a format"):
         checkpoint.load(tmp_path)
+    for account in ({}, {"account": 3}):
+        torch.save({"format": checkpoint.FORMAT, **account}, path)
+        with pytest.raises(ValueError, match="expected a checkpoint with an account of the run"):
+            checkpoint.load(tmp_path)
+        torch.save({"format": checkpoint.FORMAT + 1, **account}, path)
+        with pytest.raises(ValueError, match="written by pyrovae another version"):
+            checkpoint.load(tmp_path)
 
 
 def test_another_format(tmp_path):
@@ -276,10 +283,83 @@ def test_optimizer_or_schedule_of_another_kind(tmp_path):
     run(tmp_path, 4)
     with pytest.raises(ValueError, match="expected the scheduler of the checkpoint, which has one, got none"):
         run(tmp_path, STEPS, resume=True, scheduler=None)
-    with pytest.raises(ValueError, match="expected the average of the checkpoint, which has none, got one"):
+    with pytest.raises(ValueError, match=r"expected the options of .*, average=None, got average=0.9; pass the same"):
         run(tmp_path, STEPS, resume=True, average=0.9)
-    with pytest.raises(ValueError, match="optimizer of the checkpoint, got one of another kind"):
+    with pytest.raises(ValueError, match=r"expected the optimizer of .*, optim='Adam', got optim='PyroOptim'"):
         run(tmp_path, STEPS, resume=True, scheduler=None, optim=pyro.optim.Adam({"lr": 0.1}))
+    with pytest.raises(ValueError, match=r"expected the optimizer of .*, optim='Adam', got optim='SGD'"):
+        run(tmp_path, STEPS, resume=True, optim=partial(torch.optim.SGD, lr=0.1))
+    run(tmp_path, 8, resume=True, optim=partial(torch.optim.Adam, lr=7.0))  # settings are the checkpoint's
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        ({"beta": 0.5}, {"beta": 0.3}, "beta=0.5, got beta=0.3"),
+        ({"temperature": 0.5}, {"temperature": 1.0}, "temperature=0.5, got temperature=1.0"),
+        ({"temperature": 0.5}, {}, r"temperature=0.5, got temperature='run.<locals>"),
+        ({}, {"clip_norm": 2.0, "penalty": 0.1}, "clip_norm=20.0, penalty=0.0, got clip_norm=2.0, penalty=0.1"),
+        ({"surrogate": "reinmax"}, {"surrogate": "straight_through"}, "surrogate='reinmax', got"),
+        ({}, {"straight_through": True}, "straight_through=False, got straight_through=True"),
+        ({"average": 0.5}, {"average": 0.6}, "average=0.5, got average=0.6"),
+    ],
+)
+def test_options_that_would_make_another_run_are_refused_by_name(tmp_path, then, now, words):
+    run(tmp_path, 4, x=grey().round(), **then)
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, STEPS, resume=True, x=grey().round(), **now)
+    run(tmp_path, 8, resume=True, x=grey().round(), **then)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"likelihood": "cross_entropy"}, "model's config of .*, likelihood='bernoulli', got likelihood='cross_entropy'"),
+        ({"activation": "Tanh"}, "activation='ReLU', got activation='Tanh'"),
+        ({"beta": 4.0}, "beta=1.0, got beta=4.0"),
+    ],
+)
+def test_another_config_of_the_same_shapes_is_refused(tmp_path, change, words):
+    def fit(num_steps, resume=False, **change):
+        net = GaussianVAE(6, 2, (4,), **change)
+        method = Variational(AmortizedMeanField(net), num_steps=num_steps, checkpoint=tmp_path)
+        return method.fit(net, grey().round(), resume=resume), net
+
+    fit(2)
+    with pytest.raises(ValueError, match=words):
+        fit(4, resume=True, **change)
+    _, net = fit(4, resume=True)
+    assert net.beta == 1
+
+
+def test_a_program_of_another_class_is_refused(tmp_path):
+    class Same(type(toy.belief_net(6, 3))):
+        pass
+
+    run(tmp_path, 4)
+    net = toy.belief_net(6, 3)
+    net.__class__ = Same
+    method = Variational(AmortizedMeanField(net), num_steps=8, batch_size=5, preprocess=data.binarize, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"programs of .*, model='SigmoidBeliefNet', got model='Same'"):
+        method.fit(net, grey(), validation=grey(7), resume=True)
+
+
+def test_validation_data_come_and_go_with_the_run(tmp_path):
+    def fit(folder, num_steps, validation, resume=False):
+        net = toy.belief_net(6, 3)
+        method = Variational(AmortizedMeanField(net), num_steps=num_steps, checkpoint=folder)
+        return method.fit(net, grey().round(), validation=validation, resume=resume)
+
+    for folder, first, second, words in (
+        (tmp_path / "with", grey(7).round(), None, r"validation data as .* made with \(some\), got none"),
+        (tmp_path / "without", None, grey(7).round(), r"validation data as .* made with \(none\), got some"),
+    ):
+        fit(folder, 2, first)
+        before = (folder / "last.pt").read_bytes()
+        with pytest.raises(ValueError, match=words):
+            fit(folder, 4, second, resume=True)
+        assert (folder / "last.pt").read_bytes() == before
+        fit(folder, 4, first, resume=True)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
