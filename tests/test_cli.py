@@ -194,3 +194,8 @@ def test_import_keeps_the_random_state():
     control = "import random; random.seed(1); s = random.getstate(); random.random(); assert random.getstate() != s"
     subprocess.run([sys.executable, "-c", control], check=True)
     assert random.getstate() is not None
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "pyrovae", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"pyrovae {__version__}"

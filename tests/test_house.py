@@ -25,6 +25,7 @@ ORDER = [
     {"console"},
     {"cli_train"},
     {"cli"},
+    {"__main__"},
 ]
 LAYER = {part: k for k, parts in enumerate(ORDER) for part in parts}
 FREE = {"data", "__init__"}  # data sets stand beside the parts and import none but ops
