@@ -10,6 +10,7 @@ from brute_force import bits
 from stats import bound, largest_z, means_agree
 
 from pyrovae import data, train_job
+from pyrovae.diagnostics import temperature_curve
 from pyrovae.inference import checkpoint
 from pyrovae.inference.optimization import Optimization
 from pyrovae.train_job import Settings, job
@@ -99,6 +100,25 @@ class TestFamilies:
         judged = train_job.evaluate_run(tmp_path, num_particles=10, rows=4, temperatures=())
         assert (judged.evaluation.relaxed_elbo is not None) == (gradient == "relaxed")
         assert any("hard draws" in note for note in judged.notes) == (gradient != "relaxed")
+
+    def test_the_curve_is_taken_in_double_precision(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(job, "_write_pictures", lambda *args: None)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            train_job.train(tiny("categorical", gradient="relaxed", temperature=0.02, epochs=1), tmp_path)
+            judged = train_job.evaluate_run(tmp_path, num_particles=20, rows=4, temperatures=(0.02, 0.5))
+            single = train_job.load_run(tmp_path)
+            x = rows_of(tiny("categorical"), "test")[:4]
+            cheap = temperature_curve(single.model, single.guide, x, (0.02, 0.5), num_particles=10)
+        finally:
+            torch.set_default_dtype(before)
+        assert judged.evaluation.hard_elbo.dtype == torch.float32
+        assert judged.curve.relaxed_rows.dtype == torch.float64
+        assert float(judged.curve.clamped.max()) < 1e-3
+        assert float(cheap.clamped[0]) > 0.1  # what float32 would have shown
+        (note,) = (note for note in judged.notes if "end of float32" in note)
+        assert note == judged.evaluation.clamped_notes[0]
 
     def test_grey_is_no_likelihood(self, tmp_path, monkeypatch):
         monkeypatch.setattr(job, "_write_pictures", lambda *args: None)

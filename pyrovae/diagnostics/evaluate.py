@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.diagnostics.bounds import log_weights, mean_weight, over_rows
+from pyrovae.diagnostics.bounds import clamped_note, mean_weight, over_rows, soft_weights
 from pyrovae.diagnostics.sites import active_units, analytic_kl, code_usage, expected, flat_rows, sampled_kl
 from pyrovae.guides.amortized import evaluating
 from pyrovae.guides.pilot import innermost_program
@@ -56,6 +56,9 @@ class Evaluation:
         num_particles: K, draws a datum of each estimate.
         seconds: wall time.
         versions: of Python and the packages that matter.
+        clamped: the share of relaxed values at an end of what their dtype can tell. `relaxed_elbo` is the bound of the clamped
+            draws: with more of them its KL goes from that of the densities to that of the categories. Above 0.1% `notes` say
+            so.
     """
 
     hard_elbo: Tensor
@@ -75,6 +78,13 @@ class Evaluation:
     num_particles: int
     seconds: float
     versions: Mapping[str, str] = field(repr=False)
+    clamped: float = 0.0
+
+    @property
+    def clamped_notes(self) -> tuple[str, ...]:
+        """A sentence where more than 0.1% of the relaxed values are clamped."""
+        note = None if self.relaxed_elbo is None else clamped_note(self.clamped, self.relaxed_elbo.dtype)
+        return () if note is None else (note,)
 
     def summary(self) -> dict[str, Any]:
         """Numbers for a table or a JSON file.
@@ -93,6 +103,8 @@ class Evaluation:
         found["active_units"] = dict(self.active_units)
         found["code_usage"] = {name: float(usage.mean()) for name, usage in self.code_usage.items()}
         found["normalized"] = self.normalized
+        if self.relaxed_elbo is not None:
+            found["clamped"] = self.clamped
         found["seconds"] = self.seconds
         found["notes"] = self._notes()
         return found
@@ -130,6 +142,7 @@ class Evaluation:
             notes.append("the likelihood is not normalised: these are scores of a loss, no bounds of any log p(x)")
         if self.relaxed_elbo is not None:
             notes.append("relaxed_elbo (Maddison et al., both densities relaxed) bounds the relaxed model, not log p(x)")
+        notes.extend(self.clamped_notes)
         lost = int((self.ess == 0).sum())
         if lost:
             notes.append(f"{lost} rows have no draw of weight above 0: no estimate there")
@@ -217,7 +230,7 @@ def _evaluate(
     weights = evidence(log_w)
     kl, means = _over_plates(rows, parts, "kl"), _over_plates(rows, parts, "means")
     flat = {s.name: flat_rows(means[s.name], len(s.batch_shape)) for s in structure.latents}
-    soft = None if relaxed_pair is None else log_weights(rows, *relaxed_pair, num_particles)
+    soft, clamped = (None, 0.0) if relaxed_pair is None else soft_weights(rows, *relaxed_pair, num_particles)
     hard_elbo, hard_stderr = mean_weight(log_w)
     analytic_elbo, analytic_stderr = (None, None) if analytic is None else mean_weight(analytic)
     relaxed_elbo, relaxed_stderr = (None, None) if soft is None else mean_weight(soft)
@@ -239,6 +252,7 @@ def _evaluate(
         num_particles=num_particles,
         seconds=time.perf_counter() - begin,
         versions=versions(),
+        clamped=clamped,
     )
 
 
@@ -256,16 +270,17 @@ class _Batch:
     def add(self, some: Weighed) -> None:
         """Take in some particles."""
         count = some.log_weights.shape[0]
+        many = count > 1  # then one run made them all, and its sites have a dim of particles
         formulas: dict[str, Term] = {}
         for latent in self.structure.latents:
             q, p = some.drawn.sites[latent.name], some.sites[latent.name]
-            kl = analytic_kl(q.fn, p.fn) if self._conditions_hold(latent, some) else None
+            kl = analytic_kl(q.fn, p.fn, many=many) if self._conditions_hold(latent, some) else None
             if kl is not None:
                 formulas[latent.name] = Term(self._seen(latent, some, self._wide(kl, 1)).sum(-1), latent.plate_dims, 0)
             else:
                 kl = sampled_kl(q.fn, p.fn, q.value)
             self._sum(self.kl, latent, self._seen(latent, some, self._wide(kl, 1)), count, 1)
-            mean = expected(latent, q.fn, q.value)
+            mean = expected(latent, q.fn, q.value, many=many)
             self._sum(self.means, latent, self._wide(mean, 1 + latent.finite), count, 1 + latent.finite)
         self.log_weights.append(some.log_weights)
         if formulas:
@@ -324,6 +339,8 @@ def _relaxed(model: Program, guide: Program, rows: Rows, temperature: float | No
     check_measures(structure, read_structure(guide, args, kwargs))
     latents = structure.latents
     if temperature is None:
+        if any(latent.measure == "quantized" for latent in latents):
+            return None  # hard values scored by densities of soft ones
         return (model, guide) if any(latent.kind.startswith("relaxed") for latent in latents) else None
     if not any(latent.finite or latent.kind.startswith("relaxed") for latent in latents):
         return None

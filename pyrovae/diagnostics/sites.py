@@ -13,16 +13,16 @@ from pyrovae.handlers.structure import Latent, unmask
 from pyrovae.inference.narrow import narrow
 
 
-def analytic_kl(q: Any, p: Any) -> Tensor | None:
+def analytic_kl(q: Any, p: Any, *, many: bool) -> Tensor | None:
     """KL(q || p) of each component of a site `[*batch, components]`, one component where they are not independent.
 
-    None where no formula is registered for the pair.
+    None where no formula is registered for the pair. With `many` the first batch dim is that of particles.
     """
     (q, q_events), (p, p_events) = _base(q), _base(p)
     split = q.event_dim == p.event_dim and q_events == p_events
     if not split:
         q, p = q.to_event(q_events), p.to_event(p_events)
-    q, p = narrow(q, p)
+    q, p = narrow(q, p) if many else (q, p)
     shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)  # torch's formula of bits asks for equal shapes
     try:
         table: Tensor = kl_divergence(q.expand(shape), p.expand(shape))
@@ -40,20 +40,20 @@ def sampled_kl(q: Any, p: Any, value: Tensor) -> Tensor:
     return table.flatten(table.dim() - q_events) if q_events else table.unsqueeze(-1)
 
 
-def expected(latent: Latent, q: Any, value: Tensor) -> Tensor:
+def expected(latent: Latent, q: Any, value: Tensor, *, many: bool) -> Tensor:
     """What q expects of a site: probabilities `[*batch, components, cardinality]`, or means `[*batch, components]`.
 
-    By the formula where the family has one, else the values drawn.
+    By the formula where the family has one, else the values drawn. With `many` the first batch dim is that of particles.
     """
     if not latent.finite:
-        mean = _mean(q, value)
+        mean = _mean(q, value, many=many)
         return mean.reshape((*mean.shape[: mean.dim() - len(latent.event_shape)], latent.components))
     fn, events = _base(q)
     categorical = getattr(fn, "_categorical", fn)
     if isinstance(categorical, torch.distributions.Categorical):
-        probs: Tensor = narrow(fn)[0].probs
+        probs: Tensor = (narrow(fn)[0] if many else fn).probs
     elif isinstance(fn, torch.distributions.Bernoulli):
-        p = narrow(fn)[0].probs
+        p = (narrow(fn)[0] if many else fn).probs
         probs = torch.stack((1 - p, p), -1)
     else:
         codes = latent.encode(value)
@@ -78,10 +78,10 @@ def code_usage(means: Tensor) -> Tensor:
     return torch.special.entr(average).sum(-1).exp()
 
 
-def _mean(q: Any, value: Tensor) -> Tensor:
+def _mean(q: Any, value: Tensor, *, many: bool) -> Tensor:
     fn, _ = _base(q)
     try:
-        mean: Tensor = narrow(fn)[0].mean
+        mean: Tensor = (narrow(fn)[0] if many else fn).mean
     except (NotImplementedError, AttributeError):
         return value
     return mean if mean.dim() == fn.event_dim + len(fn.batch_shape) and not bool(torch.isnan(mean).any()) else value

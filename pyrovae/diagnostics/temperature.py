@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.diagnostics.bounds import log_weights, mean_weight
+from pyrovae.diagnostics.bounds import clamped_note, log_weights, mean_weight, soft_weights
 from pyrovae.guides.amortized import evaluating
 from pyrovae.guides.pilot import innermost_program
 from pyrovae.handlers import discretize, relax
@@ -36,6 +36,8 @@ class TemperatureCurve:
         relaxed_rows: `[T, batch]`, the relaxed bound per datum.
         hard_rows: `[batch]`, the hard bound per datum.
         num_particles: draws a datum for each of the T + 1 bounds.
+        clamped: `[T]`, the share of relaxed values at an end of what their dtype can tell. The relaxed bound is that of the
+            clamped draws, and with more of them nearer to the hard one.
     """
 
     temperatures: Tensor
@@ -48,14 +50,22 @@ class TemperatureCurve:
     relaxed_rows: Tensor = field(repr=False)
     hard_rows: Tensor = field(repr=False)
     num_particles: int
+    clamped: Tensor
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for each temperature at which more than 0.1% of the relaxed values are clamped."""
+        dtype = self.relaxed_rows.dtype
+        pairs = zip(self.temperatures.tolist(), self.clamped.tolist(), strict=True)
+        return tuple(note for t, share in pairs if (note := clamped_note(share, dtype, f" at temperature {t:g}")))
 
     def __str__(self) -> str:
-        """A table, one line a temperature."""
+        """A table, one line a temperature, and notes."""
         lines = ["temperature      relaxed         hard          gap (relaxed - hard, no bound of log p(x))"]
         for i, temperature in enumerate(self.temperatures):
             gap = f"{float(self.gap[i]):+.3f} ± {float(self.gap_stderr[i]):.3f}"
             lines.append(f"{float(temperature):11.3f} {float(self.relaxed[i]):12.3f} {self.hard:12.3f} {gap:>16}")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
 @torch.no_grad()
@@ -113,12 +123,14 @@ def temperature_curve(
         raise ValueError("expected Bernoulli or OneHotCategorical latents to relax, got none; use evaluate")
     pairs = [tuple(relax(program, float(value)) for program in hard) for value in values]
     seed = int(torch.randint(2**31, ()))
-    relaxed_rows = []
+    relaxed_rows, clamped = [], []
     with evaluating(innermost_program(model)), evaluating(innermost_program(guide)):
         hard_rows, _ = mean_weight(log_weights(rows, *hard, num_particles))
         for of_model, of_guide in pairs:
             with isolated_rng(seed):
-                relaxed_rows.append(mean_weight(log_weights(rows, of_model, of_guide, num_particles))[0])
+                log_w, share = soft_weights(rows, of_model, of_guide, num_particles)
+            relaxed_rows.append(mean_weight(log_w)[0])
+            clamped.append(share)
     relaxed = torch.stack(relaxed_rows)
     mean, stderr = _over_rows(relaxed)
     gap, gap_stderr = _over_rows(relaxed - hard_rows)
@@ -134,6 +146,7 @@ def temperature_curve(
         relaxed_rows=relaxed,
         hard_rows=hard_rows,
         num_particles=num_particles,
+        clamped=torch.tensor(clamped),
     )
 
 

@@ -151,7 +151,7 @@ class LogJoint:
             states = {latent.name: _spots(latent, draws) for latent in latents}
         try:
             together = self._run(states, None)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
             return False
         for k in range(3):
             apart = self._run({name: value[k : k + 1] for name, value in states.items()}, None)

@@ -24,7 +24,8 @@ def narrow(*fns: Any) -> tuple[Any, ...]:
     """Distributions of size 1 along their first dim, where none of them varies there; else as they are.
 
     Args:
-        *fns: bare distributions; those with fewer batch dims than the others do not vary.
+        *fns: bare distributions, of which the one with the most batch dims has one of particles first; those with fewer do
+            not vary.
     """
     depth = max(len(fn.batch_shape) for fn in fns)
     found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.handlers.anneal import scale_kl
-from pyrovae.handlers.measures import check_measures
+from pyrovae.handlers.measures import check_bare, check_changes, check_measures
 from pyrovae.handlers.own_params import own_params
 from pyrovae.handlers.relax import relax
 from pyrovae.handlers.structure import Structure, read_structure
@@ -66,8 +67,14 @@ class Optimization:
         if method.guide is not None:
             of_guide = read_structure(method.guide, self.first, self.first_kwargs)
             _check_sites(structure, of_guide)
+            _warn_of_scales(structure, of_guide)
+            _warn_of_quantized(structure, of_guide)
             depth = max(depth, of_guide.plate_depth)
             self.leaves["guide"] = _trainable(of_guide.leaves)
+        if what := "surrogate" if method.surrogate is not None else "temperature" if method.temperature is not None else None:
+            for one in (structure, of_guide):
+                check_bare(one, what)
+            check_changes(structure, what)
         self.frozen = set() if learn_model else {id(leaf) for leaf in self.leaves["model"].values()}
         self.penalty = method.penalty if learn_model else 0.0
         self.elbo = copy.deepcopy(method.elbo)
@@ -316,6 +323,36 @@ def _check_sites(model: Structure, guide: Structure) -> None:
                 f"{tuple(ours[name].event_shape)}; declare a vector with .to_event(1), and give the guide the model's "
                 "sizes"
             )
+
+
+def _warn_of_scales(model: Structure, guide: Structure) -> None:
+    """Say so where a latent counts otherwise in the model than in the guide: the two make no KL divergence then."""
+    for latent in model.latents:
+        p, q = (torch.as_tensor(s.scales[latent.name], dtype=torch.double).cpu() for s in (model, guide))
+        if not bool(torch.isclose(p, q).all()):
+            shown = [f"{float(scale):g}" if scale.numel() == 1 else "several" for scale in (p, q)]
+            warnings.warn(
+                f"the log probability of {latent.name!r} is scaled by {shown[0]} in the model and by {shown[1]} in the guide, "
+                "so that the loss is no evidence bound and weighs no KL divergence; where the model has a beta, wrap the guide "
+                "in pyrovae.handlers.scale_kl(guide, model.beta)",
+                stacklevel=5,
+            )
+            return
+
+
+def _warn_of_quantized(model: Structure, guide: Structure) -> None:
+    """Say what Pyro's straight-through relaxations on both sides score."""
+    theirs = {latent.name for latent in guide.latents if latent.measure == "quantized"}
+    for latent in model.latents:
+        if latent.measure == "quantized" and latent.name in theirs:
+            warnings.warn(
+                f"site {latent.name!r} is Pyro's straight-through relaxation in model and guide: the program sees hard values, "
+                "but the loss scores the soft ones behind them by their densities, and is no bound of log p(x); use "
+                "pyrovae.distributions.RelaxedOneHotCategorical (RelaxedBernoulli) with straight_through=True, which scores "
+                "what the program sees, or write the site discrete and pass temperature=... and straight_through=True",
+                stacklevel=5,
+            )
+            return
 
 
 def _trainable(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

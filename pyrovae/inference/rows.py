@@ -229,7 +229,8 @@ def _alike(programs: tuple[Program, ...], many: Call, few: Call, dim: int) -> bo
                 bounded = table[table.isfinite()].abs()
                 tolerance = torch.finfo(table.dtype).eps ** 0.5
                 near = tolerance * max(1.0, float(bounded.max()) if bounded.numel() else 0.0)
-                if not torch.allclose(*torch.broadcast_tensors(table, term.table), rtol=0, atol=near, equal_nan=True):
+                other = term.table.expand(torch.broadcast_shapes(table.shape, term.table.shape))
+                if not torch.allclose(table.expand(other.shape), other, rtol=0, atol=near, equal_nan=True):
                     return False
     return True
 

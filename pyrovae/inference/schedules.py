@@ -77,15 +77,34 @@ def make_optimizer(optim: Optimizer, leaves: list[Tensor]) -> Any:
     """An optimizer as the user asked for it; torch's Adam and AdamW in their fused form where nothing was said of it.
 
     The fused form computes the same step in one pass over the parameters.
+
+    Raises:
+        ValueError: for one that needs a closure (LBFGS).
     """
     kind, said = (optim.func, set(optim.keywords)) if isinstance(optim, partial) else (optim, set())
+    check_steps(kind)
     if kind in (torch.optim.Adam, torch.optim.AdamW) and not said & {"fused", "foreach", "capturable", "differentiable"}:
         try:
             made: Callable[..., Any] = optim
             return made(leaves, fused=True)
         except RuntimeError:  # parameters of a device or type without it
             pass
-    return optim(leaves)
+    other = optim(leaves)
+    check_steps(type(other))
+    return other
+
+
+def check_steps(kind: Any) -> None:
+    """Refuse a torch optimizer that evaluates the loss itself, by a closure.
+
+    Raises:
+        ValueError: with its name.
+    """
+    if isinstance(kind, type) and issubclass(kind, torch.optim.LBFGS):
+        raise ValueError(
+            f"expected an optimizer that steps by one gradient, got {kind.__name__}, which evaluates the loss by a closure; "
+            "take torch.optim.Adam"
+        )
 
 
 def make_scheduler(scheduler: Callable[[Any], Any] | None, optimizer: Any) -> Any:

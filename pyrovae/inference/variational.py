@@ -24,7 +24,7 @@ from pyrovae.inference.fit import Fit, check_penalty, root_module, snapshot
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.optimization import Optimization
 from pyrovae.inference.posterior import Bound, Program, States
-from pyrovae.inference.schedules import Optimizer, Schedule
+from pyrovae.inference.schedules import Optimizer, Schedule, check_steps
 from pyrovae.inference.training import Training
 from pyrovae.inference.weighing import draw, weigh
 
@@ -178,6 +178,7 @@ class Variational:
         self.guide, self.elbo_is_default = guide, elbo is None
         self.elbo = pyro.infer.Trace_ELBO(num_particles=10, vectorize_particles=True) if elbo is None else elbo
         self.optim = partial(torch.optim.Adam, lr=1e-2) if optim is None else optim
+        check_steps(getattr(self.optim, "func", self.optim))
         self.num_steps = 1000 if num_steps is None and num_epochs is None else num_steps
         self.num_epochs, self.batch_size = num_epochs, batch_size
         self.temperature, self.straight_through, self.surrogate, self.beta = temperature, straight_through, surrogate, beta

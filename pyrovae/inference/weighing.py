@@ -83,7 +83,7 @@ def weighed(log_joint: LogJoint, guide: Program, num_particles: int) -> Iterator
         with torch.no_grad():
             try:
                 drawn = _draw(guide, log_joint, count)
-            except (RuntimeError, IndexError):  # a guide that does not broadcast
+            except (RuntimeError, IndexError, TypeError, AssertionError):  # a guide that does not broadcast
                 if count == 1:
                     raise
                 size = 1
@@ -100,7 +100,7 @@ def draw(guide: Program, log_joint: LogJoint, num_particles: int) -> Drawn:
     if log_joint.broadcasts:
         try:
             return _draw(guide, log_joint, num_particles)
-        except (RuntimeError, IndexError):  # a guide that does not broadcast
+        except (RuntimeError, IndexError, TypeError, AssertionError):  # a guide that does not broadcast
             pass
     parts = [_draw(guide, log_joint, 1) for _ in range(num_particles)]
     states = {name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states}

@@ -507,3 +507,97 @@ def test_amortised_pairs_agree_with_exact():
     x = model.sample(20)
     found = evaluate(model, guide, x, num_particles=K, batch_size=6)
     assert largest_z(found.log_likelihood, Exact().infer(model, x).log_evidence, found.stderr) < bound(20)
+
+
+def test_expanded_parameters_of_a_program_that_runs_one_state_at_a_time():
+    x = torch.randn(5)
+
+    def pair(prior, posterior, sure=False):
+        def program(x):
+            z = pyro.sample("z", prior())
+            assert not sure or z.shape == (3,), "one state at a time"
+            total = float(z[0]) + float(z[1]) + float(z[2])
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(total, 5.0), obs=x)
+
+        def q(x):
+            assert pyro.sample("z", posterior()).shape == (3,) or not sure
+
+        return program, q
+
+    def expand(fn):
+        return lambda: fn.expand([3]).to_event(1)
+
+    def elbo(mean, variance, kl):
+        return float(dist.Normal(mean, 5.0).log_prob(x).sum()) - 0.1 * variance - 3 * kl
+
+    for sure in (False, True):
+        normal = pair(expand(dist.Normal(0.0, 1.0)), expand(dist.Normal(torch.tensor(1.0), 0.5)), sure)
+        kl = 0.5 * (1 + 0.25 - 1) - math.log(0.5)
+        found = evaluate(*normal, x, num_particles=60)
+        assert torch.allclose(found.kl["z"], torch.full((3,), kl))
+        assert largest_z(found.analytic_elbo, torch.tensor(elbo(3.0, 0.75, kl)), found.analytic_stderr) < bound(1, 59)
+        assert largest_z(found.analytic_elbo, torch.tensor(elbo(3.0, 0.75, kl / 3)), found.analytic_stderr) > bound(1, 59)
+    bit = pair(expand(dist.Bernoulli(torch.tensor(0.5))), expand(dist.Bernoulli(torch.tensor(0.2))))
+    kl = 0.2 * math.log(0.4) + 0.8 * math.log(1.6)
+    found = evaluate(*bit, x, num_particles=60)
+    assert torch.allclose(found.kl["z"], torch.full((3,), kl))
+    assert found.code_usage["z"].shape == (3,)
+    assert largest_z(found.hard_elbo, torch.tensor(elbo(0.6, 0.48, kl)), found.hard_stderr) < bound(1, 59)
+
+
+def test_values_at_the_end_of_a_dtype_are_counted():
+    logits = 4 * torch.randn(6, 20)
+
+    def program(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.zeros(20, dtype=x.dtype)).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def q(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=logits.to(x.dtype)).to_event(1))
+
+    x = torch.randn(6)
+    single = evaluate(program, q, x.float(), num_particles=200, temperature=0.3)
+    u = (torch.rand(200, 6, 20, dtype=torch.float64).logit() + logits) / 0.3
+    low, high = (torch.tensor(v, dtype=torch.float64).logit() for v in (2.0**-103, 1 - 2.0**-23))
+    expected = float(((u <= low) | (u >= high)).double().mean())
+    error = (2 * expected / 24_000) ** 0.5 * 20**0.5
+    assert abs(single.clamped - expected) < bound(1) * error < expected / 2
+    assert f"{expected:.0%}"[0] in single.summary()["notes"][1]
+    assert "lie at the end of float32: the relaxed bound is that of the clamped draws" in str(single)
+    assert single.summary()["clamped"] == single.clamped
+    double = evaluate(program, q, x.double(), num_particles=200, temperature=0.3)
+    assert double.clamped < single.clamped / 2
+    assert evaluate(program, q, x.double(), num_particles=20, temperature=1.0).clamped_notes == ()
+    assert "clamped" not in evaluate(program, q, x, num_particles=20).summary()
+
+
+def test_no_relaxed_bound_of_hard_values_scored_by_densities():
+    def program(x):
+        with pyro.plate("data", len(x)):
+            logits = torch.zeros(3)
+            z = pyro.sample("z", dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), logits=logits))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def q(x):
+        with pyro.plate("data", len(x)):
+            logits = torch.tensor([1.0, 0.0, 0.0])
+            pyro.sample("z", dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), logits=logits))
+
+    x = torch.randn(4)
+    found = evaluate(program, q, x, num_particles=400)
+    assert found.relaxed_elbo is None
+    p = torch.tensor([1.0, 0.0, 0.0]).softmax(-1)
+    elbo = dist.Normal(0.0, 1.0).log_prob(x) * (1 - p[0]) + dist.Normal(1.0, 1.0).log_prob(x) * p[0]
+    elbo = elbo - (p * (p.log() + math.log(3))).sum()
+    assert largest_z(found.hard_elbo, elbo, found.hard_stderr) < bound(4, 399)
+    assert bool(evaluate(program, q, x, num_particles=20, temperature=0.5).relaxed_elbo.isfinite().all())
+
+
+@pytest.mark.parametrize("weight", [3.0, 0.2])
+def test_scales_of_one_program_alone_are_left_out(net, weight):
+    model, guide, x, exact = net
+    found = evaluate(scale_kl(model, weight), guide, x, num_particles=K)
+    assert largest_z(found.analytic_elbo, exact["elbo"], found.analytic_stderr) < bound(N, K - 1)

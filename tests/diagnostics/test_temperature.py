@@ -60,7 +60,7 @@ def test_both_bounds_side_by_side(wrap):
     assert torch.allclose(found.gap, found.relaxed - found.hard)
     assert torch.allclose(found.gap_stderr, (found.relaxed_rows - found.hard_rows).std(1) / 2)
     assert torch.equal(found.temperatures, torch.tensor(T))
-    assert len(str(found).splitlines()) == 4
+    assert len(str(found).splitlines()) == 4 + len(found.notes)
 
 
 def test_one_noise_for_all_temperatures():
@@ -87,3 +87,26 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="expected Bernoulli or OneHotCategorical latents to relax, got none"):
         temperature_curve(linear, normal, data, [0.5])
+
+
+def test_clamped_values_are_told_by_temperature():
+    def sharp(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=8 * x))
+
+    def prior(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full_like(x, 0.5)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([1.0, 1.5, -1.0])
+    found = temperature_curve(prior, sharp, x.float(), [0.1, 20.0], num_particles=100)
+    assert found.clamped[0] > 0.5
+    assert found.clamped[1] == 0
+    assert len(found.notes) == 1
+    assert f"{float(found.clamped[0]):.0%} of the relaxed values at temperature 0.1 lie at the end of float32" in str(found)
+    assert "take float64" in found.notes[0]
+    double = temperature_curve(prior, sharp, x.double(), [0.1], num_particles=100)
+    assert 0 < double.clamped[0] < found.clamped[0]
+    assert "end of float64" in double.notes[0]
+    assert "take a higher temperature" in double.notes[0]

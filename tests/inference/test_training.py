@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import warnings
 from functools import partial
 
 import pyro
@@ -21,13 +22,13 @@ from torch.optim import lr_scheduler
 
 from pyrovae import data
 from pyrovae.guides import AmortizedMeanField, LocalMeanField
-from pyrovae.handlers import discretize, relax
+from pyrovae.handlers import discretize, relax, scale_kl, surrogate
 from pyrovae.inference import Exact, ExactLikelihood, Variational, checkpoint, true_bound
 from pyrovae.inference.batches import Batches, on_device
 from pyrovae.inference.optimization import Optimization
 from pyrovae.inference.schedules import make_optimizer
 from pyrovae.inference.true_bound import TrueBound
-from pyrovae.models import toy
+from pyrovae.models import GaussianVAE, toy
 
 
 def net_and_guide(rows=30, local=False):
@@ -616,3 +617,63 @@ def test_the_log_is_strict_json(tmp_path):
         Variational(guide, Trace_ELBO(), num_steps=1, log=log).fit(model, torch.zeros(3))
     (record,) = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in log.read_text().splitlines()]
     assert record["bound"] is None
+
+
+# --- Options that would do nothing, and pairs that make no bound ---
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"temperature": lambda step: 1.0}, {"surrogate": "reinmax"}])
+def test_a_relaxation_that_would_change_nothing_is_refused(options):
+    net, guide, x = net_and_guide()
+    soft = relax(net, 0.5)
+    of_soft = AmortizedMeanField(soft)
+    what = next(iter(options))
+    for model, q in ((soft, of_soft), (soft, guide), (net, of_soft), (surrogate(net), guide)):
+        with pytest.raises(ValueError, match=f"expected programs as written for {what}=.*'h1' already"):
+            Variational(q, Trace_ELBO(), num_steps=2, **options).fit(model, x)
+    normal = GaussianVAE(6, 2, (3,))
+    with pytest.raises(ValueError, match=f"expected a Bernoulli or OneHotCategorical latent for {what}="):
+        Variational(AmortizedMeanField(normal), num_steps=2, **options).fit(normal, x)
+    Variational(of_soft, Trace_ELBO(), num_steps=1).fit(soft, x)
+    Variational(guide, Trace_ELBO(), num_steps=1, **options).fit(net, x)
+
+
+def test_a_beta_that_the_guide_lacks_is_told():
+    net = GaussianVAE(6, 2, (3,), beta=3.0)
+    x = net.sample(8).detach()
+
+    def guide(x=None, **kwargs):
+        loc = pyro.param("loc of beta", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    with pytest.warns(UserWarning, match=r"'z' is scaled by 3 in the model and by 1 in.*scale_kl\(guide, model.beta\)"):
+        Variational(guide, num_steps=1).fit(net, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Variational(scale_kl(guide, net.beta), num_steps=1).fit(net, x)
+        Variational(AmortizedMeanField(net), num_steps=1).fit(net, x)
+        Variational(AmortizedMeanField(net), num_steps=1, batch_size=4, beta=0.5).fit(net, x)
+
+
+def test_stock_straight_through_on_both_sides_is_told():
+    def program(x):
+        with pyro.plate("data", len(x)):
+            fn = dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), logits=torch.zeros(3))
+            z = pyro.sample("z", fn)
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        logits = pyro.param("logits of stock", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), logits=logits))
+
+    with pytest.warns(UserWarning, match="'z' is Pyro's straight-through relaxation in model and guide.*straight_through=True"):
+        Variational(guide, Trace_ELBO(), num_steps=1).fit(program, torch.randn(5))
+
+
+@pytest.mark.parametrize("optim", [torch.optim.LBFGS, partial(torch.optim.LBFGS, lr=0.1), lambda p: torch.optim.LBFGS(p)])
+def test_optimizers_with_a_closure_are_refused(optim):
+    net, guide, x = net_and_guide()
+    with pytest.raises(ValueError, match="expected an optimizer that steps by one gradient, got LBFGS"):
+        Variational(guide, optim=optim, num_steps=2).fit(net, x)
