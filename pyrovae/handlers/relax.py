@@ -39,9 +39,9 @@ def relax(
 
     Every latent Bernoulli becomes a :class:`pyrovae.distributions.RelaxedBernoulli` with the same logits, every latent
     OneHotCategorical a :class:`pyrovae.distributions.RelaxedOneHotCategorical`, also inside `.to_event`, `.mask` and
-    `.expand`; batch and event shapes are kept. Observed, continuous and already relaxed sites stay as they are. A site that
-    is not observed in this call counts as latent: the observation of a model called without data is relaxed too, so draw
-    pictures from the discrete program.
+    `.expand`; batch and event shapes are kept. Observed and continuous sites stay as they are, and so do sites that are
+    relaxed already, at their own temperature, and grey levels. A site that is not observed in this call counts as latent: the
+    observation of a model called without data is relaxed too, so draw pictures from the discrete program.
 
     Bias: the relaxed program is another model. With soft values (`straight_through=False`) and `Trace_ELBO`, the ELBO of
     model and guide both relaxed bounds the evidence of the *relaxed* model; it is no bound on the discrete log p(x), and its

@@ -11,7 +11,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
+from pyrovae.distributions import GreyLevels, RelaxedBernoulli, RelaxedOneHotCategorical
 from pyrovae.distributions.parameters import check_temperature
 
 Values = Literal["soft", "hard"]
@@ -121,12 +121,12 @@ def rewrap(fn: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def refuse_other_discrete(name: str, fn: Any, method: str) -> None:
-    """Refuse a discrete latent that is neither Bernoulli nor OneHotCategorical.
+    """Refuse a discrete latent that is neither Bernoulli nor OneHotCategorical; `GreyLevels` are pixels drawn without data.
 
     Raises:
         ValueError: with the rewrite of the site.
     """
-    if not is_discrete(fn):
+    if not is_discrete(fn) or isinstance(fn, GreyLevels):
         return
     remedy = (
         "write the site as dist.OneHotCategorical and index with `z @ table` instead of `table[z]`"

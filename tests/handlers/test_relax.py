@@ -18,7 +18,7 @@ from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
 from pyrovae.guides import AmortizedMeanField, AmortizedStructured, LocalMeanField
 from pyrovae.handlers import RelaxReparam, discretize, own_params, relax, rewrite, surrogate
 from pyrovae.inference import Exact
-from pyrovae.models import HierarchicalVAE, SigmoidBeliefNet, toy
+from pyrovae.models import BernoulliVAE, HierarchicalVAE, SigmoidBeliefNet, toy
 
 
 class Mixed:
@@ -558,3 +558,26 @@ def test_relaxed_sites_are_not_enumerated(inside, straight_through):
             objective.loss(program, empty)
     else:
         assert objective.loss(program, empty) == pytest.approx(objective.loss(config_enumerate(model), empty))
+
+
+@pytest.mark.parametrize("wrap", [lambda p: relax(p, 0.5), lambda p: relax(p, 0.5, True), surrogate])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical", "cross_entropy", "normal"])
+def test_every_kind_of_pixel_runs_without_data(wrap, likelihood):
+    net = BernoulliVAE(4, 2, likelihood=likelihood, levels=3)
+    x = net.sample(3)
+    assert tuple(wrap(net)(batch_size=3).shape) == (3, 4)
+    guide = AmortizedMeanField(wrap(net))
+    assert math.isfinite(Trace_ELBO().loss(wrap(net), guide, x))
+    if likelihood == "categorical":
+        drawn = wrap(net)(batch_size=50) * 2
+        assert torch.equal(drawn, drawn.round())
+
+
+def test_what_is_relaxed_keeps_its_temperature():
+    def model():
+        return pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)).to_event(1))
+
+    for outer in (relax(relax(model, 0.3), 0.8), relax(relax(model, 0.3), 0.8, True), surrogate(relax(model, 0.3))):
+        fn = poutine.trace(outer).get_trace().nodes["z"]["fn"].base_dist
+        assert float(fn.temperature) == 0.3
+        assert not fn.straight_through
