@@ -16,7 +16,8 @@ def scale_kl(program: Callable[..., Any], beta: float | Tensor) -> RewrittenProg
     """A model or guide with the log probability of every latent multiplied by `beta`.
 
     With model and guide both wrapped, an ELBO becomes E_q[log p(x|z)] − beta·KL(q‖p), also under `TraceMeanField_ELBO`.
-    Build guides for the bare model, not for the wrapped one.
+    Build guides for the bare model, not for the wrapped one. With the model alone wrapped, `Trace_ELBO` leaves the entropy of
+    q at weight 1: β E_q[log p(z)] + H(q) in the place of −β·KL.
 
     Bias: with beta < 1 the objective is no lower bound on log p(x), with beta > 1 a looser one; report beta = 1.
     Cost: that of the program.

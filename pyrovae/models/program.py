@@ -24,8 +24,11 @@ class VAE(Module):
     Attributes:
         visible: width of the data.
         hidden: hidden sizes from the data to the latents; the decoder has them reversed.
-        beta: 0-d buffer, the weight of the latents' log probabilities in model and mean-field guide, hence of the KL;
-            changes in place are seen at the next run.
+        beta: 0-d buffer, the weight of the latents' log probabilities in the model and in guides of this library, hence of
+            the KL; changes in place are seen at the next run. A guide of your own knows nothing of it: with β ≠ 1 wrap it,
+            `scale_kl(guide, model.beta)` (:func:`pyrovae.handlers.scale_kl`). Unwrapped, `Trace_ELBO` estimates
+            E_q[log p(x|z) + β log p(z) − log q(z)], which is E_q[log p(x|z)] − β KL(q‖p) + (1 − β) H(q) with the entropy H
+            of q: neither that of β nor that of 1. `TraceMeanField_ELBO` weighs an analytic KL by the guide alone: by 1.
         centre: buffer `[visible]`, which encoders of `mirror` subtract; 0 until :meth:`initialize_bias`.
         decoder: a net from the code to the outputs.
         likelihood: the distribution of the pixels given the outputs.

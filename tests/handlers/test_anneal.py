@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyrovae.guides import AmortizedMeanField
 from pyrovae.handlers import relax, scale_kl
-from pyrovae.models import SigmoidBeliefNet
+from pyrovae.models import GaussianVAE, SigmoidBeliefNet
 
 
 class Pair:
@@ -104,3 +104,30 @@ def test_copies_and_refusals():
     for bad in (-0.1, math.nan, math.inf, torch.tensor(-1.0), torch.ones(2)):
         with pytest.raises(ValueError, match="beta"):
             scale_kl(net, bad)
+
+
+@pytest.mark.parametrize("beta", [0.25, 3.0])
+def test_a_guide_of_ones_own_needs_the_models_beta(beta):
+    """Unwrapped, the entropy of q keeps the weight 1 under Trace_ELBO, and an analytic KL is not weighed at all."""
+    net, x = GaussianVAE(4, 2, (3,), beta=beta), torch.bernoulli(torch.full((3, 4), 0.5))
+    loc, scale = torch.randn(3, 2), 0.6
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    def loss(guide, objective):
+        torch.manual_seed(1)
+        return objective().loss(net, guide, x)
+
+    torch.manual_seed(1)
+    q, prior = dist.Normal(loc, scale), dist.Normal(0.0, 1.0)
+    z = q.rsample()
+    error = -net.likelihood(net.decoder(z)).log_prob(x).sum()
+    sampled, analytic = (q.log_prob(z) - prior.log_prob(z)).sum(), torch.distributions.kl_divergence(q, prior).sum()
+    entropy = -q.log_prob(z).sum()
+    wrapped = scale_kl(guide, net.beta)
+    for objective, kl in ((Trace_ELBO, sampled), (TraceMeanField_ELBO, analytic)):
+        assert loss(wrapped, objective) == pytest.approx(float(error + beta * kl), rel=1e-9)
+    assert loss(guide, Trace_ELBO) == pytest.approx(float(error + beta * sampled - (1 - beta) * entropy), rel=1e-9)
+    assert loss(guide, TraceMeanField_ELBO) == pytest.approx(float(error + analytic), rel=1e-9)
