@@ -25,7 +25,8 @@ class GaussianVAE(VAE):
 
     *Weight of the KL.* The objective is E_q[log p(x|z)] − β KL(q || p(z)): log p(z), and log q(z) in a guide of this library,
     are multiplied by `beta`; a guide of your own must be wrapped, `scale_kl(guide, model.beta)`, or the entropy of q is left at
-    weight 1 (see the attribute `beta` of :class:`~pyrovae.models.program.VAE`). At β = 1 it is a lower bound on log p(x); at β > 1 still one, but looser; at β < 1 it is none.
+    weight 1 (see the attribute `beta` of :class:`~pyrovae.models.program.VAE`). At β = 1 it is a lower bound on log p(x); at
+    β > 1 still one, but looser; at β < 1 it is none.
     Codes that minimise a loss with a weight on the KL (`kld_weight`, or M_N, often batch size / size of the data set) do the
     same, up to a factor, as some β. With D pixels, KL the mean over the batch of each image's KL, and
 
