@@ -49,7 +49,7 @@ def surrogate(
         >>> import pyro.distributions as dist
         >>> logits = torch.zeros(3, requires_grad=True)
         >>> z = surrogate(lambda: pyro.sample("z", dist.OneHotCategorical(logits=logits)))()
-        >>> float(z.sum()), z.requires_grad
+        >>> float(z.detach().sum()), z.requires_grad
         (1.0, True)
 
     References:
