@@ -52,7 +52,8 @@ class Variational:
 
     **Checkpoints.** At every record, `checkpoint` gets `last` and, when its bound is the best so far (of the validation data
     where there are any), `best`; see :mod:`pyrovae.inference.checkpoint`. `fit(..., resume=True)` goes on from `last` until
-    `num_steps`, bit for bit as if it had never stopped, with the same data, device, versions and options. The optimizer's
+    `num_steps`, bit for bit as if it had never stopped, with the same data, device, versions and options; other data,
+    configs of the programs or options that make another run are refused by name (functions are not compared). The optimizer's
     settings are those of the checkpoint. What a record had not yet seen is done again.
 
     Args:
@@ -61,12 +62,13 @@ class Variational:
             on the left, else one after the other. The loss of an objective that returns several (`ReweightedWakeSleep`, whose
             weights are those of a whole batch) is their sum. Pyro's `Jit…` objectives are refused.
         optim: a function from parameters to a torch optimizer (`partial(torch.optim.Adam, lr=1e-2)`, the default; torch's
-            Adam and AdamW are made `fused` where nothing is said of it) or a Pyro optimizer.
+            Adam and AdamW are made `fused` where nothing is said of it) or a Pyro optimizer; none that needs a closure (LBFGS).
         num_steps: gradient steps of `fit`; default 1000.
         num_epochs: instead of `num_steps`: passes over the data, each of ⌊N/B⌋ steps (1 without `batch_size`).
         batch_size: rows of a minibatch; None takes all. A program that takes `index` and `num_data` gets them, so that its
-            plate scales; any other sees the rows alone and its loss is multiplied by N/B. Every epoch has a fresh order, and
-            the N mod B rows at its end sit it out.
+            plate scales; any other sees the rows alone and its loss is multiplied by N/B. Rows are taken of every tensor as
+            long as the data, unless a few rows are then scored otherwise: such a tensor is shared by all rows.
+            Every epoch has a fresh order, and the N mod B rows at its end sit it out.
         temperature: of the relaxation: a float, or a function from the step to one; None does not relax. With `surrogate`, of
             the surrogate's gradient, default 1.
         straight_through: relax with hard values (:func:`pyrovae.handlers.relax`); needs a temperature.
@@ -202,7 +204,8 @@ class Variational:
         Raises:
             ValueError: if there is nothing to learn, model and guide do not match, the programs meet a parameter that the
                 optimizer lacks, the particles of `elbo` are vectorised and the programs do not broadcast, or the checkpoint
-                is damaged, of another architecture or format, or of other data.
+                is damaged, of another architecture, config or format, of other data, or of other options; if a relaxation is
+                asked for that would change nothing; if a tensor as long as the data fits neither as rows nor as shared by all.
             FileExistsError: if `checkpoint` holds a run already and `resume` is False.
             FileNotFoundError: if there is nothing to resume.
             FloatingPointError: if the loss or a gradient is no longer finite, with the first site or parameter that is not;
