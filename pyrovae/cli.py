@@ -88,7 +88,7 @@ def compare_command(
 
       pyrovae compare --methods "exact EM,relaxation,exact,Gibbs" --seeds 5
     """
-    with clear_errors(data):
+    with clear_errors(f"load it once with pyrovae.data.load({data!r}, download=True) in Python"):
         check_threads(threads)
         settings = _settings(data, model, hidden, methods, budget, seeds, penalty, rows)
         import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -44,16 +44,17 @@ def check_threads(threads: int) -> None:
 
 
 @contextmanager
-def clear_errors(data: str | None = None) -> Iterator[None]:
+def clear_errors(fetch: str = "") -> Iterator[None]:
     """Leave with code 2 and one sentence on the error stream where the block fails for a reason that the user can mend.
 
     Args:
-        data: the data set that the user named, for advice on how to fetch it.
+        fetch: how to fetch data that are not there, in words; empty where there is no way but `PYROVAE_DATA`.
     """
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        text = " ".join(str(error).split()).replace("download=True", f"pyrovae.data.load({data!r}, download=True) in Python")
+        text = " ".join(str(error).split()).replace(", or load with download=True", f", or {fetch}" if fetch else "")
+        text = text.replace(", for example with download=True", f": {fetch}" if fetch else "")
         Console(stderr=True, highlight=False).print(f"Error: {text}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
@@ -91,9 +92,10 @@ def progress_bar(*columns: rich.progress.ProgressColumn | str) -> rich.progress.
     )
 
 
-def print_legend(console: Console) -> None:
-    """What the marks mean, in one line."""
+def print_legend(console: Console, marks: Container[str] | None = None) -> None:
+    """What the marks mean, in one line; None takes all."""
     from pyrovae.report import LEGEND, SYMBOLS
 
-    short = "   ".join(f"{SYMBOLS[mark]} {words.split(':')[0].split(',')[0]}" for mark, words in LEGEND.items())
+    kept = {mark: words for mark, words in LEGEND.items() if marks is None or mark in marks}
+    short = "   ".join(f"{SYMBOLS[mark]} {words.split(':')[0].split(',')[0]}" for mark, words in kept.items())
     console.print(f"{short}   ± one standard error", markup=False)

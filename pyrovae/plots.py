@@ -6,9 +6,10 @@ Every function returns a matplotlib `Figure` made without pyplot: no window, no 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ class _Look:
     paper: str
 
 
+Curve = Literal["unrelaxed", "bound", "loss"]
+SILENT = 0.01  # nats of KL beneath which a latent says nothing of the data
+RELAXED = "relaxed objective (no bound of log p(x))"
+
 _LIGHT = _Look(ink="#1c1e21", soft="#5b6168", line="#d8dce0", paper="#ffffff")
 _DARK = _Look(ink="#e6e8ea", soft="#a3aab2", line="#3a3f45", paper="#16181b")
 
@@ -55,7 +60,7 @@ def learning_curves(comparison: Comparison, *, dark: bool = False) -> Figure | N
             curves[name] = points
     if not curves:
         return None
-    figure, (axes,) = _figure(look, 8.4, 4.4, right=0.77)
+    figure, (axes,) = _fitted(look, 8.4, 4.4)
     colours = _colours(comparison, look)
     best = max(value for points in curves.values() for _, value in points)
     worst_end = min(points[-1][1] for points in curves.values())
@@ -273,12 +278,14 @@ def samples_grid(samples: Mapping[str, Tensor], *, dark: bool = False, columns: 
     return figure
 
 
-def image_grid(images: Tensor, *, columns: int = 8, title: str = "", subtitle: str = "", dark: bool = False) -> Figure:
+def image_grid(
+    images: Tensor, *, columns: int | None = None, title: str = "", subtitle: str = "", dark: bool = False
+) -> Figure:
     """Images beside one another, laid out by torchvision's `make_grid`.
 
     Args:
         images: rows in [0, 1] `[n, D]`, or `[n, height, width]`. Rows are images where D is a square, strips where it is not.
-        columns: images side by side.
+        columns: images side by side; None takes about a square, without a gap in the last line where that can be.
         title: above the grid; none where empty.
         subtitle: beneath the title.
         dark: for a dark page: white on black, where a light page has black on white.
@@ -287,9 +294,9 @@ def image_grid(images: Tensor, *, columns: int = 8, title: str = "", subtitle: s
         ValueError: if there is no image, or a value outside [0, 1].
         ImportError: if torchvision does not import.
     """
-    if columns < 1:
+    if columns is not None and columns < 1:
         raise ValueError(f"expected columns >= 1, got {columns}; 8 are usual")
-    return _picture(_tiles(_images(images), columns), title, subtitle, dark=dark)
+    return _picture(_tiles(_images(images), columns or _columns(len(images))), title, subtitle, dark=dark)
 
 
 def reconstruction_grid(
@@ -331,17 +338,24 @@ def reconstruction_grid(
 
 
 def training_curve(
-    history: Sequence[Mapping[str, Any]], *, steps_per_epoch: int = 1, normalized: bool = True, dark: bool = False
+    history: Sequence[Mapping[str, Any]],
+    *,
+    steps_per_epoch: int = 1,
+    what: Curve = "unrelaxed",
+    normalized: bool = True,
+    dark: bool = False,
 ) -> Figure | None:
-    """The unrelaxed bound while a model trains, on training and on validation rows. None with fewer than two records.
+    """The bound (or the loss) while a model trains, on training and on validation rows. None with fewer than two records.
 
     Args:
         history: records with `step`, `bound` and `validation`, as of a `Fit`; values that are None or not finite are left out.
         steps_per_epoch: of the horizontal axis.
+        what: "unrelaxed" of a model with discrete latents, "bound" of one without, "loss" of an autoencoder, whose records
+            are minus its loss.
         normalized: whether it is a bound of a log probability; a score otherwise.
         dark: for a dark page.
     """
-    look = _look(dark=dark)
+    look, sign = _look(dark=dark), -1.0 if what == "loss" else 1.0
     kept = {
         "training rows": ("bound", _COLOURS[0]),
         "validation rows": ("validation", _COLOURS[1]),
@@ -349,33 +363,39 @@ def training_curve(
     curves = {}
     for name, (key, _) in kept.items():
         values = [(entry["step"] / steps_per_epoch, _number(entry.get(key))) for entry in history]
-        points = [(x, y) for x, y in values if y is not None and math.isfinite(y)]
+        points = [(x, sign * y) for x, y in values if y is not None and math.isfinite(y)]
         if len(points) > 1:
             curves[name] = points
     if not curves:
         return None
-    figure, (axes,) = _figure(look, 8.4, 4.2, right=0.8)
+    figure, (axes,) = _fitted(look, 8.4, 4.2)
     colours = {name: colour for name, (_, colour) in kept.items()}
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), color=colours[name], lw=1.9, marker="o", ms=3)
-    best = max(y for points in curves.values() for _, y in points)
-    early = min(points[len(points) // 10][1] for points in curves.values())
-    floor = early - 0.05 * max(best - early, 0.05)
-    axes.set_ylim(floor, best + 0.06 * (best - floor))
+    pick = min if sign < 0 else max
+    best = pick(y for points in curves.values() for _, y in points)
+    early = (max if sign < 0 else min)(points[len(points) // 10][1] for points in curves.values())
+    span = max(abs(best - early), 0.05)
+    axes.set_ylim(sorted((early - sign * 0.05 * span, best + sign * 0.06 * span)))
     axes.set_xlim(left=0)
     _end_labels(axes, {name: points[-1][1] for name, points in curves.items()}, {name: name for name in curves}, colours)
     axes.set_xlabel("step" if steps_per_epoch == 1 else "epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.set_ylabel("nats per datum")
+    if what == "loss":
+        _title(figure, look, "The loss while training", "cross-entropy of the reconstructions")
+        return figure
+    name, how = ("unrelaxed ", "hard samples, KL weight 1") if what == "unrelaxed" else ("", "KL weight 1")
     if normalized:
-        about = "hard samples, KL weight 1: a lower bound of log p(x), in expectation"
-        _title(figure, look, "The unrelaxed bound while training", about)
+        _title(figure, look, f"The {name}ELBO while training", f"{how}: a lower bound of log p(x), in expectation")
     else:
-        _title(figure, look, "The unrelaxed score while training", "cross-entropy and KL: no bound of any log p(x)")
+        _title(figure, look, f"The {name}score while training", "cross-entropy and KL: no bound of any log p(x)")
     return figure
 
 
 def temperature_curve(curve: TemperatureCurve, *, normalized: bool = True, dark: bool = False) -> Figure:
-    """The relaxed objective at each temperature beside the unrelaxed bound, which has none; bands are ± 2 s.e. over rows.
+    """The relaxed objective at each temperature beside the unrelaxed ELBO, which has none; beneath, their paired difference.
 
     Args:
         curve: of :func:`pyrovae.diagnostics.temperature_curve`.
@@ -383,29 +403,50 @@ def temperature_curve(curve: TemperatureCurve, *, normalized: bool = True, dark:
         dark: for a dark page.
     """
     look = _look(dark=dark)
-    figure, (axes,) = _figure(look, 8.4, 4.2, right=0.76)
+    figure, (axes, below) = _fitted(look, 8.4, 5.4, rows=2, ratios=(1.6, 1))
     order = curve.temperatures.argsort()
-    x, relaxed, error = ([float(v) for v in part[order]] for part in (curve.temperatures, curve.relaxed, curve.relaxed_stderr))
-    hard = "unrelaxed (≥)" if normalized else "unrelaxed (score)"
-    colours = {hard: _COLOURS[0], "relaxed (no bound)": _COLOURS[1]}
-    for name, values, errors in (
-        (hard, [curve.hard] * len(x), [curve.hard_stderr] * len(x)),
-        ("relaxed (no bound)", relaxed, error),
-    ):
-        axes.plot(x, values, color=colours[name], lw=2, marker="o", ms=4)
-        if all(math.isfinite(e) for e in errors):
-            low, high = zip(*((v - 2 * e, v + 2 * e) for v, e in zip(values, errors, strict=True)), strict=True)
-            axes.fill_between(x, low, high, color=colours[name], alpha=0.18, lw=0)
-    axes.set_xscale("log")
-    axes.set_xticks(x, [f"{value:g}" for value in x])
-    axes.minorticks_off()
-    if len(x) == 1:
-        axes.set_xlim(x[0] / 2, x[0] * 2)
-    _end_labels(axes, {hard: curve.hard, "relaxed (no bound)": relaxed[-1]}, {name: name for name in colours}, colours)
-    axes.set_xlabel("temperature")
+    x, relaxed, gap, error = (
+        [float(v) for v in part[order]] for part in (curve.temperatures, curve.relaxed, curve.gap, curve.gap_stderr)
+    )
+    hard = "unrelaxed ELBO (≥)" if normalized else "unrelaxed score"
+    colours = {hard: _COLOURS[0], RELAXED: _COLOURS[1]}
+    for panel in (axes, below):
+        panel.set_xscale("log")
+        panel.set_xticks(x, [f"{value:g}" for value in x])
+        panel.minorticks_off()
+        panel.set_xlim(x[0] / 1.15 if len(x) > 1 else x[0] / 2, x[-1] * 1.15 if len(x) > 1 else x[0] * 2)
+        panel.ticklabel_format(axis="y", useOffset=False)
+    axes.plot(x, [curve.hard] * len(x), color=colours[hard], lw=3.2, solid_capstyle="round")
+    axes.plot(x, relaxed, color=colours[RELAXED], lw=1.6, marker="o", ms=5)
+    ends = [value for value in (*relaxed, curve.hard) if math.isfinite(value)]
+    room = max(0.14 * (max(ends) - min(ends)), 0.6 * _finite(curve.hard_stderr), 1e-3)
+    axes.set_ylim(min(ends) - room, max(ends) + room)
+    _end_labels(
+        axes, {hard: curve.hard, RELAXED: relaxed[-1]}, {hard: hard, RELAXED: RELAXED.replace(" (", "\n(")}, colours, least=0.14
+    )
     axes.set_ylabel("nats per datum")
+    below.axhline(0, color=_COLOURS[0], lw=1.6)
+    bars = [2 * _finite(e) for e in error]
+    below.errorbar(x, gap, yerr=bars, fmt="o", ms=5, color=_COLOURS[1], elinewidth=1.5, capsize=3)
+    for place, value, bar in zip(x, gap, bars, strict=True):
+        digits = 0 if abs(value) >= 10 else 2
+        below.annotate(
+            f"{value:+.{digits}f}".replace("-", "−"), (place, value + bar), (0, 4), textcoords="offset points",
+            ha="center", fontsize=8.5, color=look.soft,
+        )  # fmt: skip
+    low, high = below.get_ylim()
+    below.set_ylim(low, high + 0.22 * (high - low))
+    below.set_ylabel("nats per datum")
+    below.annotate(
+        "relaxed − unrelaxed,\nrow by row, ± 2 s.e.", (1, 0.5), (6, 0), "axes fraction", "offset points", va="center",
+        fontsize=9.5, color=_COLOURS[1], annotation_clip=False,
+    )  # fmt: skip
+    axes.tick_params(labelbottom=False)
+    below.set_xlabel("temperature")
     about = "only the blue line bounds log p(x) from below, in expectation" if normalized else "neither bounds any log p(x)"
-    _title(figure, look, "Relaxed and unrelaxed", f"one trained model; {about}")
+    _title(
+        figure, look, "Relaxed objective and unrelaxed " + ("ELBO" if normalized else "score"), f"one trained model; {about}"
+    )
     return figure
 
 
@@ -416,48 +457,64 @@ def latents(
     values: Mapping[str, int] | None = None,
     dark: bool = False,
 ) -> Figure:
-    """KL(q ‖ p) of every latent as bars, and how many of its values a discrete latent uses.
+    """KL(q ‖ p) of every latent as bars, and how many of its values a discrete latent uses; grey where a latent is `SILENT`.
 
     Args:
-        kl: by site, `[components]`, averaged over the data. Of more than 5 sites, each is one bar.
+        kl: by site, `[components]`, averaged over the data. Of steps (`z_1`, `z_2`, …), and of more than 5 sites, each site is
+            one bar.
         usage: by discrete site, `[components]`, the perplexity of q(z) averaged over the data.
         values: by discrete site, the number of its values.
         dark: for a dark page.
     """
     look, usage, values = _look(dark=dark), usage or {}, values or {}
     rows = {name: [float(v) for v in part.reshape(-1)] for name, part in kl.items()}
-    if len(rows) > 5:
-        rows, usage = {"all sites": [sum(part) for part in rows.values()]}, {}
-    panels = 2 if usage else 1
-    figure, axes = _figure(look, 9.6, 1.4 + 1.9 * len(rows), panels, len(rows), left=0.08, right=0.96)
-    for i, (name, bars) in enumerate(rows.items()):
-        panel = axes[panels * i]
-        panel.bar(range(len(bars)), bars, color=_COLOURS[0], width=0.8 if len(bars) < 60 else 1.0)
-        panel.set_ylabel(f"{name}: KL(q ‖ p), nats")
+    steps = are_steps(list(rows))
+    if steps or len(rows) > 5:
+        names, rows, usage = list(rows), {"total KL of a site": [sum(part) for part in rows.values()]}, {}
+    both = any(name in usage for name in rows)
+    figure, panels = _fitted(
+        look, 9.6, 1.0 + 2.1 * len(rows), 2 if both else 1, len(rows), whole=[n not in usage for n in rows]
+    )
+    remaining = iter(panels)
+    for name, bars in rows.items():
+        silent = [value < SILENT for value in bars]
+        panel = next(remaining)
+        _bars(panel, bars, silent, _COLOURS[0], look)
+        panel.set_ylabel(f"{name}, nats" if steps or name.startswith("total") else f"{name}: KL(q ‖ p), nats")
         panel.set_ylim(0, 1.06 * max([0.05, *bars]))
-        panel.set_xlabel("site, in order" if name == "all sites" else "latent")
-        _whole_ticks(panel, len(bars))
-        if panels == 1:
-            continue
-        if name not in usage:
-            axes[panels * i + 1].set_visible(False)
-            continue
-        panel, used = axes[panels * i + 1], [float(v) for v in usage[name].reshape(-1)]
-        panel.bar(range(len(used)), used, color=_COLOURS[2], width=0.8 if len(used) < 60 else 1.0)
-        panel.set_ylabel(f"{name}: values in use")
-        panel.yaxis.set_label_position("right")
-        panel.set_xlabel("latent")
-        panel.set_ylim(0, 1.06 * max([values.get(name, 0), 1, *used]))
-        if name in values:
-            panel.axhline(values[name], color=look.soft, lw=1, ls=(0, (3, 3)))
-        _whole_ticks(panel, len(used))
-    about = "a latent at 0 nats says nothing"
-    about += "; dashed: the number of values; a latent that is stuck at one has 1 in use" if usage else ""
-    _title(figure, look, "What each latent says about an image", about)
+        panel.set_xlabel("step" if steps else "site, in order" if name.startswith("total") else "latent")
+        if steps and len(names) <= 12:
+            panel.set_xticks(range(len(names)), names)
+            panel.set_xlabel("")
+        if name in usage:
+            panel, used = next(remaining), [float(v) for v in usage[name].reshape(-1)]
+            _bars(panel, used, silent, _COLOURS[2], look)
+            panel.set_ylabel(f"{name}: values in use")
+            panel.set_xlabel("latent")
+            panel.set_ylim(0, 1.06 * max([values.get(name, 0), 1, *used]))
+            if name in values:
+                panel.axhline(values[name], color=look.soft, lw=1, ls=(0, (3, 3)))
+    about = (
+        [f"grey: says nothing of the data, KL < {SILENT:g} nats"] if any(v < SILENT for b in rows.values() for v in b) else []
+    )
+    about = ["total of its latents, averaged over the data", *about] if steps else about
+    about += ["dashed: the number of values; one in use: stuck at it"] if both else []
+    _title(
+        figure,
+        look,
+        "What each step says about an image" if steps else "What each latent says about an image",
+        "; ".join(about),
+    )
     return figure
 
 
 # --- Looks -----------------------------------------------------------------------------------------------------------
+
+
+def are_steps(names: Sequence[str]) -> bool:
+    """Whether sites are the steps of one latent, `z_1`, `z_2` and so on."""
+    found = [re.fullmatch(r"(.*)_(\d+)", name) for name in names]
+    return len(names) > 1 and all(found) and len({match[1] for match in found if match}) == 1
 
 
 def _look(*, dark: bool) -> _Look:
@@ -500,6 +557,38 @@ def _figure(
         hspace=0.5,
     )
     axes = [figure.add_subplot(grid[i, j]) for i in range(rows) for j in range(columns)]
+    _style(axes, look)
+    return figure, axes
+
+
+def _fitted(
+    look: _Look,
+    width: float,
+    height: float,
+    columns: int = 1,
+    rows: int = 1,
+    *,
+    ratios: Sequence[float] | None = None,
+    whole: Sequence[bool] = (),
+) -> tuple[Figure, list[Any]]:
+    """A figure whose panels take what room their labels leave, beneath a title of two lines; axes in reading order.
+
+    Where `whole` says so, a row of two panels is one panel over its whole width.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor=look.paper)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.68 / height), w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.0)
+    grid = figure.add_gridspec(rows, columns, height_ratios=ratios)
+    axes = []
+    for i in range(rows):
+        spans = [slice(None)] if columns > 1 and i < len(whole) and whole[i] else list(range(columns))
+        axes += [figure.add_subplot(grid[i, span]) for span in spans]
+    _style(axes, look)
+    return figure, axes
+
+
+def _style(axes: Sequence[Any], look: _Look) -> None:
     for panel in axes:
         panel.set_facecolor(look.paper)
         panel.tick_params(colors=look.soft, labelsize=9, length=3)
@@ -510,7 +599,6 @@ def _figure(
         for edge, spine in panel.spines.items():
             spine.set_color(look.line)
             spine.set_visible(edge in ("left", "bottom"))
-    return figure, axes
 
 
 def _title(figure: Figure, look: _Look, title: str, subtitle: str) -> None:
@@ -534,10 +622,12 @@ def _dashes(comparison: Comparison, name: str) -> Any:
     return (0, (4, 2)) if name in exact[1:] else "-"
 
 
-def _end_labels(axes: Axes, ends: Mapping[str, float], labels: Mapping[str, str], colours: Mapping[str, str]) -> None:
+def _end_labels(
+    axes: Axes, ends: Mapping[str, float], labels: Mapping[str, str], colours: Mapping[str, str], *, least: float = 0.062
+) -> None:
     """Names at the right of the lines' ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    least = 0.062 * (high - low)
+    least *= high - low
     order = sorted(ends, key=lambda name: ends[name], reverse=True)
     places: list[float] = []
     for name in order:
@@ -567,10 +657,25 @@ def _name_rows(axes: Axes, names: Sequence[str], colours: Mapping[str, str]) -> 
         label.set_color(colours[name])
 
 
-def _whole_ticks(axes: Axes, count: int) -> None:
+def _bars(axes: Axes, heights: Sequence[float], silent: Sequence[bool], colour: str, look: _Look) -> None:
+    """A bar a latent, numbered from 1; few bars are no wider than one of five."""
+    count = len(heights)
+    colours = [look.line if quiet else colour for quiet in silent]
+    axes.bar(range(count), heights, color=colours, width=0.8 if count < 60 else 1.0)
     step = max(1, math.ceil(count / 12))
     axes.set_xticks(range(0, count, step), [str(k + 1) for k in range(0, count, step)])
-    axes.set_xlim(-0.7, count - 0.3)
+    middle, half = (count - 1) / 2, max(count / 2 + 0.2, 2.5)
+    axes.set_xlim(middle - half, middle + half)
+
+
+def _columns(count: int) -> int:
+    """About the root of a number, a divisor of it where there is one nearby."""
+    least = math.ceil(math.sqrt(count))
+    return next((c for c in range(least, int(2.5 * math.sqrt(count)) + 1) if count % c == 0), least)
+
+
+def _finite(value: float) -> float:
+    return float(value) if math.isfinite(value) else 0.0
 
 
 def _say(axes: Axes, x: float, y: float, words: str, look: _Look, colour: str | None = None) -> None:

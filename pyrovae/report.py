@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -496,7 +496,9 @@ def _page(comparisons: Mapping[str, Comparison], title: str, grids: Mapping[str,
     return page(title, _LEAD, notes, sections, "".join(ends))
 
 
-def page(title: str, lead: str, notes: Sequence[str], sections: Sequence[str], ends: str) -> str:
+def page(
+    title: str, lead: str, notes: Sequence[str], sections: Sequence[str], ends: str, *, marks: Container[str] | None = None
+) -> str:
     """One self-contained HTML page in the style of the reports, for light and dark screens, phones and paper.
 
     Args:
@@ -505,12 +507,13 @@ def page(title: str, lead: str, notes: Sequence[str], sections: Sequence[str], e
         notes: sentences for the reader, above the sections.
         sections: HTML of each section.
         ends: HTML of the settings and versions.
+        marks: those of the legend; None takes all.
     """
     return Template(_PAGE).substitute(
         title=html.escape(title),
         style=_TABLE_STYLE + _PAGE_STYLE,
         lead=html.escape(lead),
-        legend=html_legend(),
+        legend=html_legend(marks),
         notes="".join(f"<li>{html.escape(note)}</li>" for note in notes),
         sections="".join(sections),
         ends=ends,
@@ -558,11 +561,12 @@ def _html_cell(key: str, cell: Cell) -> str:
     return f'<{tag} class="{key}">{text}</{tag}>'
 
 
-def html_legend() -> str:
-    """What the marks mean."""
+def html_legend(marks: Container[str] | None = None) -> str:
+    """What the marks mean; None takes all."""
     items = "".join(
         f'<span><span class="m {mark}">{html.escape(SYMBOLS[mark])}</span> {html.escape(words)}</span>'
         for mark, words in LEGEND.items()
+        if marks is None or mark in marks
     )
     return f'<p class="legend">{items}<span>± one standard error</span><span>blank: not defined</span></p>'
 

@@ -166,6 +166,30 @@ class TestTrained:
         assert "epoch" in words(figure)
         assert plots.training_curve(history[:1]) is None
         assert "no bound of any log p(x)" in words(plots.training_curve(history, normalized=False))
+        assert "unrelaxed ELBO" in words(figure)
+        assert "unrelaxed" not in words(plots.training_curve(history, what="bound"))
+        assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+
+    def test_a_loss_falls_and_is_no_bound(self):
+        history = [{"step": k, "bound": -9.0 / (k + 1), "validation": -10.0 / (k + 1)} for k in range(5)]
+        figure = plots.training_curve(history, what="loss", normalized=False)
+        drawn = {tuple(map(float, point)) for line in figure.axes[0].lines for point in line.get_xydata()}
+        assert (4.0, 2.0) in drawn
+        low, high = figure.axes[0].get_ylim()
+        assert low < 1.8 < high
+        assert not {"bound", "unrelaxed", "KL", "ELBO"} & set(words(figure).replace(":", "").split())
+
+    @pytest.mark.parametrize("base", [-0.001, -11.1013, -123456.789])
+    def test_labels_stay_on_the_page(self, base):
+        """However long the numbers at the left are."""
+        history = [{"step": k, "bound": base + 1e-4 * k, "validation": base - 1e-4 * k} for k in range(5)]
+        figure = plots.training_curve(history)
+        figure.draw_without_rendering()
+        page = figure.bbox
+        for label in (figure.axes[0].yaxis.label, figure.axes[0].xaxis.label, *figure.axes[0].texts):
+            box = label.get_window_extent()
+            assert box.x0 >= page.x0, label.get_text()
+            assert box.x1 <= page.x1, label.get_text()
 
     def test_temperature_curve(self):
         from pyrovae.diagnostics import temperature_curve
@@ -178,20 +202,48 @@ class TestTrained:
             for t, relaxed in zip(curve.temperatures.tolist(), curve.relaxed.tolist(), strict=True):
                 assert (t, relaxed) in drawn
                 assert (t, curve.hard) in drawn
-            assert "relaxed (no bound)" in words(figure)
-            assert "unrelaxed (≥)" in words(figure)
-        assert "unrelaxed (≥)" not in words(plots.temperature_curve(curve, normalized=False))
+            said = words(figure).replace("\n", " ")
+            assert plots.RELAXED in said
+            assert "unrelaxed ELBO (≥)" in said
+            gaps = {tuple(map(float, point)) for line in figure.axes[1].lines for point in line.get_xydata()}
+            assert {(t, gap) for t, gap in zip(curve.temperatures.tolist(), curve.gap.tolist(), strict=True)} <= gaps
+        assert "≥" not in words(plots.temperature_curve(curve, normalized=False))
 
     def test_latents(self):
-        kl, usage = {"h1": torch.rand(3), "z": torch.rand(70)}, {"h1": torch.tensor([1.0, 2.0, 3.0])}
+        kl, usage = {"h1": torch.tensor([0.5, 0.001, 0.2]), "z": torch.rand(70)}, {"h1": torch.tensor([1.0, 4.0, 3.0])}
         figure = plots.latents(kl, usage, values={"h1": 4})
         heights = [round(float(bar.get_height()), 6) for bar in figure.axes[0].patches]
         assert heights == [round(float(v), 6) for v in kl["h1"]]
-        assert [float(bar.get_height()) for bar in figure.axes[1].patches] == [1.0, 2.0, 3.0]
+        bars = figure.axes[1].patches
+        assert [float(bar.get_height()) for bar in bars] == [1.0, 4.0, 3.0]
+        assert bars[0].get_facecolor() == bars[2].get_facecolor() != bars[1].get_facecolor(), "grey: it says nothing"
+        assert "grey: says nothing" in words(figure)
         assert len(figure.axes[2].patches) == 70
-        assert not figure.axes[3].get_visible(), "a Normal has no values to count"
-        many = plots.latents({f"z_{k}": torch.full((5,), float(k)) for k in range(8)})
+        assert len(figure.axes) == 3, "a Normal has no values to count, and its panel takes the whole width"
+        figure.draw_without_rendering()
+        assert figure.axes[2].get_position().width > 1.8 * figure.axes[0].get_position().width
+        assert "grey" not in words(plots.latents({"z": torch.ones(3)}))
+        many = plots.latents({f"h{k}": torch.full((5,), float(k)) for k in range(8)})
         assert [float(bar.get_height()) for bar in many.axes[0].patches] == [5.0 * k for k in range(8)]
+
+    def test_steps_are_one_panel(self):
+        figure = plots.latents({f"z_{k}": torch.full((5,), float(k)) for k in (1, 2, 3)})
+        (panel,) = figure.axes
+        assert [float(bar.get_height()) for bar in panel.patches] == [5.0, 10.0, 15.0]
+        assert [tick.get_text() for tick in panel.get_xticklabels()] == ["z_1", "z_2", "z_3"]
+        assert len(plots.latents({"h1": torch.ones(2), "h2": torch.ones(2)}).axes) == 2, "layers are no steps"
+
+    def test_one_bar_is_not_huge(self):
+        (panel,) = plots.latents({"y": torch.ones(1)}).axes
+        low, high = panel.get_xlim()
+        assert panel.patches[0].get_width() < 0.2 * (high - low)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (10, 5), (13, 4), (30, 6), (60, 10), (64, 8), (100, 10)])
+def test_columns(count, columns):
+    """No gap in the last line where a divisor is near the root."""
+    figure = plots.image_grid(torch.rand(count, 9))
+    assert figure.axes[0].images[0].get_array().shape[1] == 4 * columns - 1
 
 
 def test_nothing_to_show():

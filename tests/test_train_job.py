@@ -99,6 +99,8 @@ class TestFamilies:
         assert math.isfinite(fit.history[-1]["bound"])
         judged = train_job.evaluate_run(tmp_path, num_particles=10, rows=4, temperatures=())
         assert (judged.evaluation.relaxed_elbo is not None) == (gradient == "relaxed")
+        assert not any("hard draws" in note for note in judged.notes), "no relaxed number is shown"
+        judged = train_job.evaluate_run(tmp_path, num_particles=10, rows=4, temperatures=(0.5,))
         assert any("hard draws" in note for note in judged.notes) == (gradient != "relaxed")
 
     def test_the_curve_is_taken_in_double_precision(self, tmp_path, monkeypatch):
@@ -227,7 +229,7 @@ class TestNothingHalfWritten:
             raise error("early")
 
         monkeypatch.setattr(checkpoint, "save", fails)
-        monkeypatch.setattr("pyrovae.inference.Variational.fit", fails)
+        monkeypatch.setattr("pyrovae.inference.training.Training.__call__", fails)
         with pytest.raises(error, match="early"):
             train_job.train(tiny(), tmp_path / "new")
         (tmp_path / "old").mkdir()

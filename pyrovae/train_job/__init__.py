@@ -4,9 +4,9 @@
 """
 
 from pyrovae.train_job.families import FAMILIES, OPTIONS, parse_layers
-from pyrovae.train_job.folder import Run, check_same, has_checkpoint, load_run, read_config, settings_of
+from pyrovae.train_job.folder import Run, check_same, has_checkpoint, load_run, progress_of, read_config, settings_of
 from pyrovae.train_job.job import evaluate_run, reconstructions, sample, train
-from pyrovae.train_job.settings import Settings, resolved, sizes_of, title_of
+from pyrovae.train_job.settings import Settings, resolved, sizes_of, title_of, word_of
 
 __all__ = [
     "FAMILIES",
@@ -18,6 +18,7 @@ __all__ = [
     "has_checkpoint",
     "load_run",
     "parse_layers",
+    "progress_of",
     "read_config",
     "reconstructions",
     "resolved",
@@ -26,4 +27,5 @@ __all__ = [
     "sizes_of",
     "title_of",
     "train",
+    "word_of",
 ]

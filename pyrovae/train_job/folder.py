@@ -55,7 +55,7 @@ def load_run(folder: str | Path, *, which: str = "best", device: str = "cpu") ->
     config = read_config(folder)
     with isolated_rng(0):  # the weights that are drawn are overwritten
         model, guide = build(config["settings"]["model"], config["model"])
-    _restore(folder, which, model, guide, check_device(device))
+    _restore(folder, which, model, guide, found_device(device))
     if isinstance(model, Autoencoding):
         return Run(model.net, None, config)
     return Run(model, guide, config)
@@ -87,6 +87,65 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if family not in FAMILIES:
         raise ValueError(f"expected a known family in {path}, got {family!r}; this pyrovae knows {', '.join(FAMILIES)}")
     return config
+
+
+def read_checkpoint(folder: str | Path, which: str) -> checkpoint.Checkpoint:
+    """A checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged, with what is left to do.
+    """
+    folder = Path(folder)
+    path = folder / CHECKPOINTS / f"{which}.pt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a checkpoint in {folder}, got a run that was interrupted before its first; train again in another folder"
+        )
+    try:
+        return checkpoint.load(path.parent, which)
+    except ValueError as error:
+        if "checkpoint of format" in str(error):
+            raise
+        other = "last" if which == "best" else "best"
+        try:
+            step = checkpoint.load(path.parent, other).account["step"]
+        except (ValueError, OSError):
+            remedy = "no other is left, so train again in another folder"
+        else:
+            remedy = f"judge or draw from the other, of step {step}: pyrovae evaluate {folder} --checkpoint {other}"
+            if other == "best":
+                remedy += f"; or copy {other}.pt over it and go on from there: pyrovae train --resume --output {folder}"
+        raise ValueError(f"expected a whole checkpoint, got {path}, truncated or damaged; {remedy}") from None
+
+
+def progress_of(folder: str | Path) -> dict[str, Any]:
+    """How far the training of a run has gone, by its last checkpoint: `step`, `num_steps`, `finished`, `best_step`.
+
+    Raises:
+        FileNotFoundError: if the folder holds no run, or no checkpoint yet.
+        ValueError: if a file is damaged.
+    """
+    account = read_checkpoint(folder, "last").account
+    step, best, steps = account["step"], account["best_step"], account["settings"]["num_steps"]
+    patience = read_config(folder)["settings"]["patience"]
+    tired = patience is not None and sum(r["step"] > (best or 0) for r in account["history"]) >= patience
+    return {"step": step, "num_steps": steps, "finished": step >= steps or tired, "best_step": best}
+
+
+def found_device(device: str) -> torch.device | None:
+    """A device of this machine.
+
+    Raises:
+        ValueError: if it has no such device, with those that it has.
+    """
+    try:
+        return check_device(device)
+    except ValueError:
+        known = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available()]
+        raise ValueError(
+            f"expected a device of this machine ({', '.join(known)}), got {device!r}; leave it out for cpu"
+        ) from None
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
@@ -172,14 +231,9 @@ def steps_per_epoch(config: Mapping[str, Any]) -> int:
 
 def _restore(folder: Path, which: str, model: Any, guide: Any, device: torch.device | None) -> None:
     check_known("checkpoint", which, ("best", "last"))
-    path = folder / CHECKPOINTS
-    if which == "best" and not (path / "best.pt").is_file() and has_checkpoint(folder):
+    if which == "best" and not (folder / CHECKPOINTS / "best.pt").is_file() and has_checkpoint(folder):
         which = "last"
-    if not (path / f"{which}.pt").is_file():
-        raise FileNotFoundError(
-            f"expected a checkpoint in {folder}, got a run that was interrupted before its first; train again in another folder"
-        )
-    checkpoint.load(path, which).restore(model, guide)
+    read_checkpoint(folder, which).restore(model, guide)
     model.to(device)
     guide.to(device)
 

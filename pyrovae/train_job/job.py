@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from pyrovae import data
 from pyrovae.diagnostics import evaluate, temperature_curve
 from pyrovae.guides import reconstruct
 from pyrovae.handlers.structure import read_structure
-from pyrovae.inference import Variational, checkpoint
-from pyrovae.inference.batches import check_device
+from pyrovae.inference import Variational
 from pyrovae.inference.fit import Fit
+from pyrovae.inference.training import Training
 from pyrovae.ops import isolated_rng
 from pyrovae.report import save_figure
 from pyrovae.report_evaluation import Judged
@@ -28,8 +29,11 @@ from pyrovae.train_job.folder import (
     LOG,
     Run,
     check_same,
+    found_device,
     fresh_run,
     load_run,
+    progress_of,
+    read_checkpoint,
     read_config,
     settings_of,
     steps_per_epoch,
@@ -45,12 +49,21 @@ from pyrovae.train_job.settings import (
     rows_of,
     sizes_of,
     title_of,
+    word_of,
 )
 
 MEANS = "latents drawn, means of the pixels"
 
 
-def train(settings: Settings, folder: str | Path, *, resume: bool = False, device: str = "cpu", progress: bool = False) -> Fit:
+def train(
+    settings: Settings,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> Fit:
     """Train a model and keep it in a folder: `config.json`, checkpoints, `log.jsonl` and pictures.
 
     Numbers are those of torch's default dtype; the command line sets float32, in which networks are usually trained. The
@@ -62,6 +75,7 @@ def train(settings: Settings, folder: str | Path, *, resume: bool = False, devic
         resume: go on from the last checkpoint of the run in the folder, which must have the same settings.
         device: a torch device.
         progress: show a progress bar.
+        tell: called with a line of text at the start and about every tenth of the steps.
 
     Returns:
         The account of the training.
@@ -81,7 +95,9 @@ def train(settings: Settings, folder: str | Path, *, resume: bool = False, devic
             f"expected a folder without a run, got {folder}, which holds one; go on with it by --resume, or name another "
             "folder with --output"
         )
-    found = check_device(device)
+    found = found_device(device)
+    if resume:
+        read_checkpoint(folder, "last")  # says what to do where it is damaged
     x = rows_of(settings, "train", fitting=True)
     validation = rows_of(settings, "validation")
     if settings.batch_size is not None and settings.batch_size > len(x):
@@ -93,12 +109,36 @@ def train(settings: Settings, folder: str | Path, *, resume: bool = False, devic
         with fresh_run(folder, resume=resume):
             if not resume:
                 write_config(folder, settings, model, {"train": len(x), "validation": len(validation)})
-            fit = method.fit(model, x, validation=validation, resume=resume)
+            run = _Telling(method, model, (x,), {}, validation, resume=resume)
+            if tell is not None:
+                run.tell, run.word = tell, word_of(read_config(folder))
+                rows = f"{len(x):,} training and {len(validation):,} validation rows"
+                tell(f"{title_of(read_config(folder))}: {rows}, {settings.epochs} epochs, {run.num_steps:,} steps")
+            fit = run()
     _write_pictures(folder, settings, fit)
     return fit
 
 
-def sample(folder: str | Path, n: int = 64, *, mean: bool = False, seed: int = 0) -> Tensor:
+class _Telling(Training):
+    """A run that tells of its records, of about ten in all."""
+
+    tell: Callable[[str], None] | None = None
+    word = ""
+    told = -1
+
+    def _record(self, losses: list[float]) -> None:
+        super()._record(losses)
+        tenth = 10 * self.step // max(1, self.num_steps)
+        if self.tell is None or tenth <= self.told:
+            return
+        self.told, last = tenth, self.history[-1]
+        value = abs(last["validation"]) if self.word == "loss" else last["validation"]
+        self.tell(
+            f"step {self.step:,} of {self.num_steps:,}: {self.word} on validation rows {value:.3f}, {last['seconds']:.0f} s"
+        )
+
+
+def sample(folder: str | Path, n: int = 64, *, mean: bool = False, seed: int = 0, which: str = "best") -> Tensor:
     """Images `[n, D]` in [0, 1] from the prior of a trained model.
 
     Args:
@@ -106,6 +146,7 @@ def sample(folder: str | Path, n: int = 64, *, mean: bool = False, seed: int = 0
         n: how many.
         mean: the means of the pixels instead of draws; latents are drawn either way.
         seed: of the draws.
+        which: the checkpoint, "best" or "last".
 
     Raises:
         ValueError: if n < 1, or the model is an autoencoder, which has no prior.
@@ -113,7 +154,7 @@ def sample(folder: str | Path, n: int = 64, *, mean: bool = False, seed: int = 0
     """
     if n < 1:
         raise ValueError(f"expected at least 1 image, got {n}; 64 make a square grid")
-    run = load_run(folder)
+    run = load_run(folder, which=which)
     if run.guide is None:
         raise ValueError(
             f"expected a model with a prior to draw from, got the autoencoder in {folder}; see its reconstructions.png, or "
@@ -159,7 +200,7 @@ def evaluate_run(
         num_particles: draws a datum; a tenth of them, at least 10, at each temperature.
         split: "train", "validation" or "test".
         rows: the first so many rows; None takes all.
-        temperatures: where to compare the relaxed and the unrelaxed bound; None takes a few from 0.1 to 1, () none.
+        temperatures: where to compare the relaxed objective and the unrelaxed ELBO; None takes a few from 0.1 to 1, () none.
         which: the checkpoint, "best" or "last".
         seed: of the draws.
         device: a torch device.
@@ -180,7 +221,7 @@ def evaluate_run(
     x = rows_of(settings, split)
     if rows is not None and not 1 <= rows <= len(x):
         raise ValueError(f"expected rows from 1 to the {len(x)} of the {split} split, got {rows}; leave it out for all")
-    x = x[:rows].to(check_device(device))
+    x = x[:rows].to(found_device(device))
     discrete = FAMILIES[settings.model].discrete
     if temperatures and not discrete:
         raise ValueError(
@@ -194,11 +235,11 @@ def evaluate_run(
         "facts": about,
         "data": shown.cpu(),
         "reconstructions": reconstructions(run, shown, seed=seed),
-        "history": checkpoint.load(Path(folder) / CHECKPOINTS, "last").account["history"],
+        **_account(Path(folder), which),
         "steps_per_epoch": steps_per_epoch(run.config),
     }
     if run.guide is None:
-        return Judged(**common, loss=run.model.loss(x).cpu(), notes=_notes(run, settings))
+        return Judged(**common, loss=run.model.loss(x).cpu(), notes=_notes(run, settings, relaxed=False))
     with isolated_rng(seed):
         temperature = settings.temperature if settings.gradient == "relaxed" else None
         found = evaluate(run.model, run.guide, x, num_particles=num_particles, temperature=temperature)
@@ -213,8 +254,26 @@ def evaluate_run(
         curve=curve,
         values={latent.name: latent.cardinality for latent in latents if latent.finite},
         samples=images,
-        notes=(*_notes(run, settings), *found.clamped_notes, *(() if curve is None else curve.notes)),
+        notes=(
+            *_notes(run, settings, relaxed=curve is not None),
+            *found.clamped_notes,
+            *(() if curve is None else curve.notes),
+        ),
     )
+
+
+def _account(folder: Path, which: str) -> dict[str, Any]:
+    """History and progress of a run; where the last checkpoint is damaged, as far as the one that is judged knows."""
+    which = which if (folder / CHECKPOINTS / f"{which}.pt").is_file() else "last"
+    judged = read_checkpoint(folder, which).account
+    try:
+        history, progress = read_checkpoint(folder, "last").account["history"], progress_of(folder)
+    except (ValueError, OSError):
+        steps = judged["settings"]["num_steps"]
+        done = judged["step"] >= steps
+        progress = {"step": judged["step"], "num_steps": steps, "finished": done, "best_step": judged["best_step"]}
+        history = judged["history"]
+    return {"history": history, "training": {**progress, "judged_step": judged["step"]}}
 
 
 def _in_double(run: Run, x: Tensor) -> tuple[Any, Any, Tensor]:
@@ -279,9 +338,10 @@ def _write_pictures(folder: Path, settings: Settings, fit: Fit) -> None:
     figures = {"reconstructions": plots.reconstruction_grid(x, reconstructions(run, x))}
     if run.guide is not None:
         images = sample(folder, 100, mean=True)
-        figures["samples"] = plots.image_grid(images, columns=10, title="Draws from the prior", subtitle=MEANS)
+        figures["samples"] = plots.image_grid(images, title="Draws from the prior", subtitle=MEANS)
     normalized = run.config["likelihood"] != "cross_entropy"
-    curve = plots.training_curve(fit.history, steps_per_epoch=steps_per_epoch(run.config), normalized=normalized)
+    what: plots.Curve = "loss" if run.guide is None else "unrelaxed" if FAMILIES[settings.model].discrete else "bound"
+    curve = plots.training_curve(fit.history, steps_per_epoch=steps_per_epoch(run.config), what=what, normalized=normalized)
     if curve is not None:
         figures["curve"] = curve
     for name, figure in figures.items():
@@ -298,26 +358,30 @@ def _facts(run: Run, which: str, num_particles: int, seed: int) -> dict[str, Any
     """What a reader must know to compare the numbers with others."""
     config = run.config
     stored = config["settings"]
-    shown = ("epochs", "batch_size", "lr", "gradient", "temperature", "beta", "patience", "seed")
+    plain = run.guide is None
+    shown = ("epochs", "batch_size", "lr", "gradient", "temperature", *(() if plain else ("beta",)), "patience", "seed")
     how = BINARIZATIONS[stored["binarize"]] if stored["data"] not in GENERATORS else "binary as generated"
     return {
         "sizes": sizes_of(config),
         "model": f"{type(run.model).__name__}({', '.join(f'{k}={v}' for k, v in config['model'].items())})",
-        "guide": "none" if run.guide is None else type(run.guide).__name__,
+        **({} if plain else {"guide": type(run.guide).__name__}),
         "data": f"{stored['data']}, {config['rows']['train']:,} training and {config['rows']['validation']:,} validation rows",
         "pixels while training": how,
         "training": ", ".join(f"{name.replace('_', ' ')} {stored[name]}" for name in shown if stored.get(name) is not None),
-        "checkpoint": f"{which}, by the unrelaxed bound on validation rows" if which == "best" else which,
-        "particles": f"{num_particles} a datum, seed {seed}",
+        "checkpoint": f"{which}, by the {word_of(config)} on validation rows" if which == "best" else which,
+        **({} if plain else {"particles": f"{num_particles} a datum, seed {seed}"}),
         "dtype": config["dtype"],
         "versions": ", ".join(f"{name} {version}" for name, version in config["versions"].items()),
     }
 
 
-def _notes(run: Run, settings: Settings) -> tuple[str, ...]:
+def _notes(run: Run, settings: Settings, *, relaxed: bool) -> tuple[str, ...]:
     notes = []
     if run.guide is None:
-        notes.append("An autoencoder has no distribution of its code: no prior, no draws, no bound. Its error is a loss.")
+        notes.append(
+            "An autoencoder has no distribution of its code, and so no prior to draw images from and no log p(x); its error is "
+            "a loss."
+        )
     elif not run.model.normalized:
         notes.append(
             "Grey pixels: the cross-entropy is no likelihood, so that no number here is a bound of log p(x); compare only with "
@@ -325,11 +389,11 @@ def _notes(run: Run, settings: Settings) -> tuple[str, ...]:
         )
     elif is_dynamic(settings):
         notes.append("Trained on bits drawn afresh at every step; judged on bits drawn once from the same intensities.")
-    if FAMILIES[settings.model].discrete and settings.gradient != "relaxed":
+    if relaxed and settings.gradient != "relaxed":
         notes.append(
             "Trained with hard draws: the decoder has never seen a soft one, and what a relaxation says of this model, at any "
             "temperature, is no guide to how good it is."
         )
-    if settings.beta != 1:
+    if settings.beta != 1 and run.guide is not None:
         notes.append(f"Trained with the KL weighted by {settings.beta:g}; judged with weight 1.")
     return tuple(notes)

@@ -169,6 +169,15 @@ def sizes_of(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{option} {written(value)}" for option, value in sizes.items() if value)
 
 
+def word_of(config: Mapping[str, Any]) -> str:
+    """What is measured on validation rows."""
+    model = config["settings"]["model"]
+    if model == "autoencoder":
+        return "loss"
+    kind = "ELBO" if config["likelihood"] == "bernoulli" else "score"
+    return f"unrelaxed {kind}" if FAMILIES[model].discrete else kind
+
+
 def is_dynamic(settings: Settings) -> bool:
     """Whether bits are drawn afresh at every step."""
     return settings.binarize == "dynamic" and settings.data not in GENERATORS
