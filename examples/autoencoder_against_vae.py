@@ -108,11 +108,14 @@ def mosaic(rows: Tensor, columns: int) -> Tensor:
 def picture(shown: Tensor, labels: Tensor, codes: dict, images: dict, draws: dict, errors: dict, exact: dict) -> Figure:
     """A column a model: reconstructions, where codes lie, what draws from the prior look like."""
     with matplotlib.style.context(Path(__file__).with_name("look.mplstyle")):
-        figure = Figure(figsize=(9.6, 9.7))
-        panels = figure.subplots(3, 2, gridspec_kw={"height_ratios": (0.95, 3.1, 1.5), "hspace": 0.2, "wspace": 0.06})
-        figure.subplots_adjust(left=0.02, right=0.98, top=0.87, bottom=0.01)
+        figure = Figure(figsize=(9.6, 10.0))
+        panels = figure.subplots(3, 2, gridspec_kw={"height_ratios": (0.95, 3.1, 1.5), "hspace": 0.24, "wspace": 0.06})
+        figure.subplots_adjust(left=0.07, right=0.985, top=0.86, bottom=0.01)
+        reach = 1.05 * max(2.0, *(float(z.abs().max()) for z in codes.values()))  # every code lies within the frame
         figure.text(0.02, 0.967, "The same nets, as an autoencoder and as a VAE", size=13, weight="bold")
         figure.text(0.02, 0.943, "two latent numbers, 8x8 digits; figures on 1000 of the training images", color=SOFT)
+        how = "log p(x): of either decoder with a standard Normal prior, by quadrature over the plane of codes"
+        figure.text(0.02, 0.921, how, color=SOFT)
         chosen = [int((labels == digit).nonzero()[0]) for digit in range(10)]
         halo = [withStroke(linewidth=3, foreground="white")]
         for (top, middle, bottom), name in zip(panels.T, codes, strict=True):
@@ -131,7 +134,10 @@ def picture(shown: Tensor, labels: Tensor, codes: dict, images: dict, draws: dic
             for radius in (1, 2):
                 middle.add_patch(matplotlib.patches.Circle((0, 0), radius, fill=False, ec=INK, lw=1.2, ls=(0, (3, 3))))
             middle.set_title("where the codes lie; dashed: the prior, 1 and 2 scales", weight="normal", color=SOFT, fontsize=9)
-            middle.set(xlim=(-6.5, 6.5), ylim=(-6.5, 6.5), xticks=[], yticks=[], aspect="equal")
+            middle.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="first latent number")
+            middle.locator_params(nbins=6, integer=True)
+            middle.tick_params(labelleft=name == "autoencoder")
+            middle.set_ylabel("second latent number" if name == "autoencoder" else "")
             middle.spines[:].set_visible(True)
             bottom.set_title(f"decoded draws from the prior; log p(x) = {float(exact[name].mean()):.1f}")
             bottom.imshow(mosaic(draws[name], 12), vmin=0, vmax=1)

@@ -429,9 +429,9 @@ def temperature_curve(curve: TemperatureCurve, *, normalized: bool = True, dark:
     bars = [2 * _finite(e) for e in error]
     below.errorbar(x, gap, yerr=bars, fmt="o", ms=5, color=_COLOURS[1], elinewidth=1.5, capsize=3)
     for place, value, bar in zip(x, gap, bars, strict=True):
-        digits = 0 if abs(value) >= 10 else 2
+        text = f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.2g}"
         below.annotate(
-            f"{value:+.{digits}f}".replace("-", "−"), (place, value + bar), (0, 4), textcoords="offset points",
+            text.replace("-", "−"), (place, value + bar), (0, 4), textcoords="offset points",
             ha="center", fontsize=8.5, color=look.soft,
         )  # fmt: skip
     low, high = below.get_ylim()
@@ -488,14 +488,16 @@ def latents(
             panel.set_xlabel("")
         if name in usage:
             panel, used = next(remaining), [float(v) for v in usage[name].reshape(-1)]
-            _bars(panel, used, silent, _COLOURS[2], look)
+            _bars(panel, used, silent, _COLOURS[2], look, hollow=True)
             panel.set_ylabel(f"{name}: values in use")
             panel.set_xlabel("latent")
             panel.set_ylim(0, 1.06 * max([values.get(name, 0), 1, *used]))
             if name in values:
                 panel.axhline(values[name], color=look.soft, lw=1, ls=(0, (3, 3)))
     about = (
-        [f"grey: says nothing of the data, KL < {SILENT:g} nats"] if any(v < SILENT for b in rows.values() for v in b) else []
+        [f"grey{' or hollow' * both}: says nothing of the data, KL < {SILENT:g} nats"]
+        if any(v < SILENT for b in rows.values() for v in b)
+        else []
     )
     about = ["total of its latents, averaged over the data", *about] if steps else about
     about += ["dashed: the number of values; one in use: stuck at it"] if both else []
@@ -657,11 +659,14 @@ def _name_rows(axes: Axes, names: Sequence[str], colours: Mapping[str, str]) -> 
         label.set_color(colours[name])
 
 
-def _bars(axes: Axes, heights: Sequence[float], silent: Sequence[bool], colour: str, look: _Look) -> None:
-    """A bar a latent, numbered from 1; few bars are no wider than one of five."""
+def _bars(
+    axes: Axes, heights: Sequence[float], silent: Sequence[bool], colour: str, look: _Look, *, hollow: bool = False
+) -> None:
+    """Grey, or hollow, where silent. A bar a latent, numbered from 1; few bars are no wider than one of five."""
     count = len(heights)
-    colours = [look.line if quiet else colour for quiet in silent]
-    axes.bar(range(count), heights, color=colours, width=0.8 if count < 60 else 1.0)
+    edges = [look.line if quiet else colour for quiet in silent]
+    faces = [look.paper if quiet and hollow else edge for quiet, edge in zip(silent, edges, strict=True)]
+    axes.bar(range(count), heights, color=faces, edgecolor=edges, linewidth=0.8, width=0.8 if count < 60 else 1.0)
     step = max(1, math.ceil(count / 12))
     axes.set_xticks(range(0, count, step), [str(k + 1) for k in range(0, count, step)])
     middle, half = (count - 1) / 2, max(count / 2 + 0.2, 2.5)

@@ -327,9 +327,7 @@ def _caption(name: str, judged: Judged) -> str:
             return "KL of all latents of a site from their prior, averaged over the data; at 0 the site says nothing of them."
         if not judged.evaluation.code_usage:
             return kl
-        uses = (
-            "how many of its values it takes over the data, as the perplexity of q averaged over them; in grey where it says "
-        )
+        uses = "how many of its values it takes over the data, as the perplexity of q averaged over them; hollow where it says "
         return f"{kl} Beside it, of a discrete latent, {uses}nothing, and then the values mean nothing."
     if judged.evaluation is None:
         words = {

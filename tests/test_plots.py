@@ -217,7 +217,7 @@ class TestTrained:
         bars = figure.axes[1].patches
         assert [float(bar.get_height()) for bar in bars] == [1.0, 4.0, 3.0]
         assert bars[0].get_facecolor() == bars[2].get_facecolor() != bars[1].get_facecolor(), "grey: it says nothing"
-        assert "grey: says nothing" in words(figure)
+        assert "grey or hollow: says nothing" in words(figure)
         assert len(figure.axes[2].patches) == 70
         assert len(figure.axes) == 3, "a Normal has no values to count, and its panel takes the whole width"
         figure.draw_without_rendering()
