@@ -16,12 +16,14 @@ from pyrovae.guides.amortized import evaluating
 from pyrovae.guides.pilot import innermost_program
 from pyrovae.handlers import check_measures, discretize, relax
 from pyrovae.handlers.rewrite import innermost
-from pyrovae.handlers.structure import Latent, check_whole_plates, read_structure
+from pyrovae.handlers.structure import Latent, check_all_rows, check_whole_plates, read_structure
 from pyrovae.inference.elimination import Term
 from pyrovae.inference.fit import versions
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program
 from pyrovae.inference.weighing import Rows, Weighed, evidence, log_joints, split_rows, weighed
+
+LEAST_FOR_PARETO_K = 25  # draws, of which ArviZ fits the tail of a fifth
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,7 +45,7 @@ class Evaluation:
             None where no relaxed version exists or no temperature is known.
         relaxed_stderr: its standard error.
         ess: effective sample size of the weights, between 1 and `num_particles`; 0 where all are 0.
-        pareto_k: the shape of their tail, ArviZ's.
+        pareto_k: the shape of their tail, ArviZ's; NaN, for not defined, with fewer than 25 particles.
         kl: `{site: [*plates, components]}`, KL(q || p) of each component of a site given its parents, by formula or by draws
             as `analytic_elbo`. One component where those of a site are not independent.
         active_units: `{site: count}` of the components whose posterior mean varies over the data with a variance above 0.01.
@@ -97,7 +99,8 @@ class Evaluation:
         for name, value, error in self._bounds():
             found[name], found[f"{name}_stderr"], found[f"{name}_monte_carlo"] = over_rows(value, error)
         found["ess"] = float(self.ess.mean())
-        found["pareto_k_above_0.7"] = float((self.pareto_k > 0.7).to(torch.get_default_dtype()).mean())
+        defined = self.num_particles >= LEAST_FOR_PARETO_K
+        found["pareto_k_above_0.7"] = float((self.pareto_k > 0.7).double().mean()) if defined else None
         rows = max(1, self.hard_elbo.numel())
         found["kl"] = {name: float(kl.sum()) / rows for name, kl in self.kl.items()}
         found["active_units"] = dict(self.active_units)
@@ -110,22 +113,28 @@ class Evaluation:
         return found
 
     def __str__(self) -> str:
-        """A table of means ± standard errors over rows."""
+        """A table of means ± standard errors over rows, each marked as a lower bound (≥) or an estimate (≈)."""
         found = self.summary()
         lines = [f"{found['rows']} rows, {self.num_particles} particles each, {self.seconds:.1f} s; nats a row"]
         for name, _, _ in self._bounds():
             label = name if self.normalized or name != "log_likelihood" else "log mean weight"
+            mark = "≥" if self.normalized and name != "relaxed_elbo" else "≈"
             error, monte_carlo = found[f"{name}_stderr"], found[f"{name}_monte_carlo"]
-            lines.append(f"{label:>16} {found[name]:10.3f} ± {error:.3f} (Monte Carlo {monte_carlo:.3f})")
-        lines.append(f"{'ESS':>16} {found['ess']:10.1f}   Pareto k > 0.7 in {100 * found['pareto_k_above_0.7']:.1f}% of rows")
+            lines.append(f"{label:>16} {mark} {found[name]:10.3f} ± {error:.3f} (Monte Carlo {monte_carlo:.3f})")
+        share = found["pareto_k_above_0.7"]
+        text = f"needs {LEAST_FOR_PARETO_K} particles" if share is None else f"> 0.7 in {100 * share:.1f}% of rows"
+        lines.append(f"{'ESS':>16} ≈ {found['ess']:10.1f}   Pareto k {text}")
         for name, kl in self.kl.items():
-            text = f"{'KL ' + name:>16} {found['kl'][name]:10.3f}   over {kl.shape[-1]} components"
+            text = f"{'KL ' + name:>16} ≈ {found['kl'][name]:10.3f}   over {kl.shape[-1]} components"
             if name in self.active_units:
                 text += f", {self.active_units[name]} active"
             if name in self.code_usage:
                 text += f", mean code usage {found['code_usage'][name]:.2f}"
             lines.append(text)
-        return "\n".join(lines + [f"note: {note}" for note in found["notes"]])
+        legend = "≥ lower bound of log p(x) in expectation, ≈ estimate; ± one standard error of the mean over rows"
+        return "\n".join(
+            [*lines, legend if self.normalized else legend.split(", ")[1], *(f"note: {n}" for n in found["notes"])]
+        )
 
     def _bounds(self) -> list[tuple[str, Tensor, Tensor]]:
         found = [
@@ -143,6 +152,11 @@ class Evaluation:
         if self.relaxed_elbo is not None:
             notes.append("relaxed_elbo (Maddison et al., both densities relaxed) bounds the relaxed model, not log p(x)")
         notes.extend(self.clamped_notes)
+        share = float((self.pareto_k > 0.7).double().mean())
+        if self.normalized and share > 0.1:
+            notes.append(
+                f"Pareto k > 0.7 in {share:.0%} of rows: log_likelihood is far below log p(x) there; take more particles"
+            )
         lost = int((self.ess == 0).sum())
         if lost:
             notes.append(f"{lost} rows have no draw of weight above 0: no estimate there")
@@ -180,8 +194,9 @@ def evaluate(
         **kwargs: their keyword arguments.
 
     Raises:
-        ValueError: if the guide's sites are not the model's latents, one has a density where the other has a mass, a program
-            mixes rows of the batch, or a plate is subsampled with a latent outside it.
+        ValueError: if the model observes nothing, the guide's sites are not the model's latents, one has a density where the
+            other has a mass, a program mixes rows of the batch or draws which rows it sees, or a plate is subsampled with a
+            latent outside it.
 
     Example:
         >>> from pyrovae.guides import AmortizedMeanField
@@ -219,6 +234,12 @@ def _evaluate(
     parts, normalized = [], True
     for log_joint in log_joints(hard[0], rows, "evaluate"):
         check_whole_plates(log_joint.structure, "evaluate")
+        check_all_rows(log_joint.structure, "evaluate")
+        if not log_joint.structure.observed:
+            raise ValueError(
+                "expected a model that observes its data, got one that observes nothing; pass the data, and the model before "
+                "the guide"
+            )
         part = _Batch(log_joint)
         for some in weighed(log_joint, hard[1], num_particles):
             part.add(some)
@@ -244,7 +265,7 @@ def _evaluate(
         relaxed_elbo=relaxed_elbo,
         relaxed_stderr=relaxed_stderr,
         ess=weights.ess,
-        pareto_k=weights.pareto_k,
+        pareto_k=weights.pareto_k if num_particles >= LEAST_FOR_PARETO_K else torch.full_like(weights.pareto_k, torch.nan),
         kl=kl,
         active_units={s.name: int(active_units(s, flat[s.name]).sum()) for s in structure.latents if len(flat[s.name]) > 1},
         code_usage={s.name: code_usage(flat[s.name]) for s in structure.latents if s.finite},

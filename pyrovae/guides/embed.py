@@ -13,7 +13,7 @@ from pyrovae.guides.amortized import evaluating
 from pyrovae.guides.pilot import innermost_program
 from pyrovae.handlers import discretize
 from pyrovae.handlers.rewrite import innermost
-from pyrovae.handlers.structure import Site, draw_sites, read_structure, run_sites, unmask
+from pyrovae.handlers.structure import Site, check_all_rows, draw_sites, read_structure, run_sites, unmask
 from pyrovae.ops import isolated_rng
 
 
@@ -74,7 +74,8 @@ def reconstruct(
         Means of the observed site that is the first argument (else of the last observed one), with its shape.
 
     Raises:
-        ValueError: if the guide's sites are not the model's latents, the model observes nothing, or its likelihood has no mean.
+        ValueError: if the guide's sites are not the model's latents, the model observes nothing or draws which rows it sees, or
+            its likelihood has no mean.
 
     Example:
         >>> from pyrovae.guides import AmortizedMeanField
@@ -89,6 +90,7 @@ def reconstruct(
     total: Tensor | None = None
     with evaluating(innermost_program(model)), evaluating(innermost_program(guide)):
         structure = read_structure(hard_model, args, kwargs)
+        check_all_rows(structure, "reconstruct")
         names = {latent.name for latent in structure.latents}
         for _ in range(num_samples):
             sites = draw_sites(hard_guide, args, kwargs, structure.subsample)

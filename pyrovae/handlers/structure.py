@@ -283,6 +283,21 @@ def check_whole_plates(structure: Structure, method: str) -> None:
             )
 
 
+def check_all_rows(structure: Structure, method: str) -> None:
+    """Refuse a program that draws which rows of its data it sees.
+
+    Raises:
+        ValueError: with the plate.
+    """
+    for plate in structure.plates:
+        if plate.name in structure.random_plates:
+            raise ValueError(
+                f"expected all rows for {method}, got plate {plate.name!r}, which draws {plate.size} of {plate.full_size}; let "
+                "the program take index and num_data and open the plate as pyro.plate(name, num_data, subsample=index), or "
+                "make subsample_size an argument"
+            )
+
+
 def one_plate_a_dim(structure: Structure, method: str) -> None:
     """Refuse sibling plates that share a dim, which tables could not tell apart.
 

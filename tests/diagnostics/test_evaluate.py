@@ -601,3 +601,35 @@ def test_scales_of_one_program_alone_are_left_out(net, weight):
     model, guide, x, exact = net
     found = evaluate(scale_kl(model, weight), guide, x, num_particles=K)
     assert largest_z(found.analytic_elbo, exact["elbo"], found.analytic_stderr) < bound(N, K - 1)
+
+
+def test_what_is_not_evaluated():
+    """A model that observes nothing, as the guide is when the two are swapped, and one that draws which rows it sees."""
+    net = toy.belief_net(4, 2)
+    guide, x = AmortizedMeanField(net), net.sample(6)
+    with pytest.raises(ValueError, match=r"observes nothing.*the model before the guide"):
+        evaluate(guide, guide, x, num_particles=5)
+
+    def some(x):
+        with pyro.plate("scans", len(x), subsample_size=2) as rows:
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide_of_some(x):
+        with pyro.plate("scans", len(x), subsample_size=2):
+            pyro.sample("z", dist.Bernoulli(0.5))
+
+    for method in (evaluate, reconstruct):
+        with pytest.raises(ValueError, match="'scans', which draws 2 of 6"):
+            method(some, guide_of_some, x[:, 0])
+
+
+def test_few_particles_have_no_pareto_k():
+    net = toy.belief_net(4, 2)
+    guide, x = AmortizedMeanField(net), net.sample(6)
+    few, enough = (evaluate(net, guide, x, num_particles=k) for k in (24, 25))
+    assert bool(few.pareto_k.isnan().all())
+    assert few.summary()["pareto_k_above_0.7"] is None
+    assert "needs 25 particles" in str(few)
+    assert not bool(enough.pareto_k.isnan().any())
+    assert "hard_elbo ≥" in str(enough)
