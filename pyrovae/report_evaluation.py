@@ -89,7 +89,7 @@ class Judged:
         """Sentences for the reader."""
         found = []
         if self.unfinished:
-            found.append(f"{self.unfinished.capitalize()}. What stands here is of a run that was interrupted.")
+            found.append(f"{self.unfinished.capitalize()}. What stands here is of a run that has not ended.")
         if self.training.get("judged_step") == 0:
             found.append("These are the weights of step 0, before any training: no later record was better on validation rows.")
         if self.silent:
@@ -134,8 +134,6 @@ def write_evaluation(judged: Judged, folder: str | Path) -> Path:
         record: dict[str, Any] = {"facts": dict(judged.facts), "notes": list(judged.all_notes), "training": judged.training}
         if judged.evaluation is not None:
             record["summary"] = judged.evaluation.summary()
-            if judged.evaluation.num_particles < LEAST_FOR_PARETO:
-                record["summary"]["pareto_k_above_0.7"] = None
         if judged.loss is not None:
             record["summary"] = {"rows": len(judged.loss), "loss": float(judged.loss.mean())}
         if judged.curve is not None:
@@ -178,7 +176,7 @@ def _bounds(judged: Judged, found: Evaluation) -> Table:
     at = "" if judged.temperature is None else f"at temperature {judged.temperature:g}, "
     words = f"{at}with the densities of model and guide relaxed: a bound of that model's evidence"
     bound("relaxed_elbo", RELAXED, "estimate", words)
-    share, ess = numbers["pareto_k_above_0.7"], numbers["ess"]
+    share, ess = numbers["pareto_k_above_0.7"] or 0.0, numbers["ess"]
     reading = "read it as a bound only" if found.normalized else "it may lie far below what more particles would give"
     trust = f"the particles are too few for {evidence} in {share:.0%} of rows: {reading}" if share > 0.05 else ""
     shown = f"{share:.0%}"

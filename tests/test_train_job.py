@@ -13,6 +13,7 @@ from pyrovae import data, train_job
 from pyrovae.diagnostics import temperature_curve
 from pyrovae.inference import checkpoint
 from pyrovae.inference.optimization import Optimization
+from pyrovae.report_evaluation import Judged
 from pyrovae.train_job import Settings, job
 from pyrovae.train_job import folder as folder_of_run
 from pyrovae.train_job.families import FAMILIES, parse_layers
@@ -351,6 +352,24 @@ class TestSettings:
         with pytest.raises(ValueError, match="one hidden size"):
             train_job.train(tiny("draw", sizes={"hidden": (4, 4)}), tmp_path / "new")
         assert not list(tmp_path.iterdir())
+
+
+class TestRemarks:
+    @pytest.mark.parametrize(
+        ("judged", "step", "said"), [(0, 8, "weights of step 0"), (4, 8, None), (4, 4, "Unfinished: step 4 of 8")]
+    )
+    def test_training(self, judged, step, said):
+        """Weights that were never trained, and a run that has not ended, are told."""
+        progress = {"step": step, "num_steps": 8, "finished": step == 8, "best_step": judged, "judged_step": judged}
+        notes = Judged(title="", facts={}, training=progress).all_notes
+        assert len(notes) == (said is not None)
+        assert said is None or said in notes[0]
+
+    def test_patience_is_an_end(self, tmp_path):
+        train_job.train(tiny("gaussian", epochs=30, lr=1.0, patience=1), tmp_path)
+        progress = train_job.progress_of(tmp_path)
+        assert progress["step"] < progress["num_steps"]
+        assert progress["finished"]
 
 
 class TestAsking:
