@@ -201,6 +201,10 @@ def read_structure(program: Callable[..., Any], args: tuple[Any, ...], kwargs: M
             sites, subsample = _record(program, args, kwargs, {}, {}, leaves, random)
         except ZeroDivisionError as error:  # raised by pyro.plate
             raise ValueError("expected at least one row, got a plate of size 0; pass data with rows") from error
+        except (AttributeError, TypeError) as error:
+            if not any(type(value).__module__ == "numpy" for value in (*args, *kwargs.values())):
+                raise
+            raise ValueError(f"expected tensors, got numpy arrays ({error}); pass torch.as_tensor(x)") from error
     latents, observed, sequential = [], [], set[str]()
     for site in sites.values():
         sequential.update(frame.name for frame in site.frames if not frame.vectorized)

@@ -55,7 +55,8 @@ class Batches:
         self.rows = num_rows(args)
         self.keys = row_keys(args, kwargs, self.rows)  # whose rows a minibatch takes
         if size is not None and size > self.rows:
-            raise ValueError(f"expected batch_size <= the {self.rows} rows of the data, got {size}")
+            given = "" if args and isinstance(args[0], Tensor) else "; the first argument must be a tensor of rows"
+            raise ValueError(f"expected batch_size <= the {self.rows} rows of the data, got {size}{given}")
         self.order: Tensor | None = None
         self.start = 0
 

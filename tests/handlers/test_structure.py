@@ -126,3 +126,13 @@ def test_frozen_leaves_are_put_back_after_an_error():
     with pytest.raises(KeyError):
         fail()
     assert float(leaf) == 1
+
+
+def test_numpy_arrays_are_told_from_tensors():
+    def model(x):
+        with pyro.plate("rows", x.new_ones(3).shape[0]):
+            pyro.sample("z", dist.Bernoulli(0.5))
+
+    read_structure(model, (torch.ones(3),), {})
+    with pytest.raises(ValueError, match=r"got numpy arrays .*torch.as_tensor"):
+        read_structure(model, (torch.ones(3).numpy(),), {})
