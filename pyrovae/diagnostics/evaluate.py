@@ -212,8 +212,13 @@ def evaluate(
         The Concrete Distribution: A Continuous Relaxation of Discrete Random Variables (Maddison, Mnih, Teh, 2017)
         https://arxiv.org/abs/1611.00712
     """
-    if num_particles < 2:
-        raise ValueError(f"expected num_particles >= 2, got {num_particles}")
+    if not isinstance(num_particles, int) or num_particles < 2:
+        raise ValueError(f"expected an integer num_particles >= 2, got {num_particles!r}")
+    if not callable(model) or not callable(guide):
+        raise ValueError(
+            f"expected evaluate(model, guide, x), two programs and the data, got {type(model).__name__} and "
+            f"{type(guide).__name__} first"
+        )
     with evaluating(innermost_program(model)), evaluating(innermost_program(guide)):
         return _evaluate(model, guide, args, kwargs, num_particles, temperature, batch_size)
 

@@ -41,6 +41,8 @@ def embed(guide: Callable[..., Any], *args: Any, num_samples: int = 100, **kwarg
         >>> tuple(embed(AmortizedMeanField(net), net.sample(5))["h1"].shape)
         (5, 3)
     """
+    if not callable(guide):
+        raise ValueError(f"expected embed(guide, x), a program and the data, got {type(guide).__name__} first")
     if num_samples < 2:
         raise ValueError(f"expected num_samples >= 2, got {num_samples}")
     program = discretize(guide)

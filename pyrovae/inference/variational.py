@@ -142,8 +142,13 @@ class Variational:
         counts |= {"num_samples": (num_samples, 2), "num_log_samples": (num_log_samples, 2), "batch_size": (batch_size, 1)}
         counts |= {"log_every": (log_every, 1), "log_rows": (log_rows, 1), "patience": (patience, 1)}
         for name, (count, least) in counts.items():
-            if count is not None and count < least:
-                raise ValueError(f"expected {name} >= {least}, got {count}")
+            if count is not None and (not isinstance(count, int) or count < least):
+                raise ValueError(f"expected an integer {name} >= {least}, got {count!r}")
+        if isinstance(optim, torch.optim.Optimizer):
+            raise ValueError(
+                f"expected optim to make an optimizer of the parameters, got one that is made, {type(optim).__name__}; pass "
+                f"partial(torch.optim.{type(optim).__name__}, lr=...)"
+            )
         if guide is None and not isinstance(elbo, ExactLikelihood):
             raise ValueError("expected a guide, got None; only Variational(None, ExactLikelihood()) needs none")
         if isinstance(temperature, (int, float)) and not 0 < temperature < math.inf:

@@ -427,8 +427,14 @@ def test_refusals(net):
         evaluate(model, other, x)
     with pytest.raises(ValueError, match="expected one measure for site"):
         evaluate(relax(model, 0.5), guide, x)
-    with pytest.raises(ValueError, match="expected num_particles >= 2, got 1"):
+    with pytest.raises(ValueError, match="num_particles >= 2, got 1"):
         evaluate(model, guide, x, num_particles=1)
+    with pytest.raises(ValueError, match=r"integer num_particles >= 2, got 2\.5"):
+        evaluate(model, guide, x, num_particles=2.5)
+    with pytest.raises(ValueError, match="the data, got Tensor and"):
+        evaluate(x, model, guide)
+    with pytest.raises(ValueError, match="the data, got Tensor first"):
+        embed(x, guide)
     with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
         evaluate(model, guide, x, batch_size=0)
     with pytest.raises(ValueError, match=r"expected x in \{0, 1\}"):

@@ -360,6 +360,8 @@ def test_schedules_are_checked():
         ({"average": 1.0}, "average"),
         ({"patience": 0}, "patience >= 1"),
         ({"log_rows": 0}, "log_rows >= 1"),
+        ({"batch_size": 2.5}, "integer batch_size >= 1"),
+        ({"optim": torch.optim.SGD(net.parameters(), lr=0.1)}, "got one that is made, SGD"),
     ):
         with pytest.raises(ValueError, match=words):
             Variational(guide, **options)
