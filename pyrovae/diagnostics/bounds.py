@@ -44,7 +44,7 @@ def clamped_note(share: float, dtype: torch.dtype, at: str = "") -> str | None:
     shown = f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
     name = str(dtype).removeprefix("torch.")
     return (
-        f"{shown} of the relaxed values{at} lie at the end of {name}: the relaxed bound is that of "
+        f"{shown} of the relaxed values{at} lie at the end of {name}: the relaxed objective is that of "
         f"the clamped draws, nearer to the unrelaxed one than that of the densities; take {instead}"
     )
 

@@ -572,7 +572,7 @@ def test_values_at_the_end_of_a_dtype_are_counted():
     error = (2 * expected / 24_000) ** 0.5 * 20**0.5
     assert abs(single.clamped - expected) < bound(1) * error < expected / 2
     assert f"{expected:.0%}"[0] in single.summary()["notes"][1]
-    assert "lie at the end of float32: the relaxed bound is that of the clamped draws" in str(single)
+    assert "lie at the end of float32: the relaxed objective is that of the clamped draws" in str(single)
     assert single.summary()["clamped"] == single.clamped
     double = evaluate(program, q, x.double(), num_particles=200, temperature=0.3)
     assert double.clamped < single.clamped / 2
