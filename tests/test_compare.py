@@ -582,3 +582,19 @@ def q_bound(net, x):
         prior = dist.Bernoulli(logits=net.prior).log_prob(states).sum(-1).exp()
         logits = net.biases[0] + states @ net.weights[0]
         return prior @ dist.Bernoulli(logits=logits.unsqueeze(1)).log_prob(x).sum(-1)
+
+
+def test_a_bound_of_some_rows_has_no_gap():
+    """By default a learner's own bound is that of all rows; of a part of them it is not set beside exact values."""
+    net = toy.belief_net(4, 2)
+    x = net.sample(1100)
+    learners = {
+        "all": Variational(None, ExactLikelihood(), num_steps=2),
+        "some": Variational(None, ExactLikelihood(), num_steps=2, log_rows=50),
+    }
+    table = compare(net, x, learners).learning.set_index("method")
+    assert table.loc["all", "own_bound"] == pytest.approx(table.loc["all", "log_p_train"], abs=1e-12)
+    assert abs(table.loc["all", "gap"]) < 1e-12
+    assert table.loc["some", "own_bound"] != pytest.approx(table.loc["some", "log_p_train"], abs=1e-6)
+    assert np.isnan(table.loc["some", "gap"]) or table.loc["some", "gap"] is None
+    assert "its bound is that of 50 rows" in table.loc["some", "note"]

@@ -44,8 +44,8 @@ class Variational:
     Cost of a step: one evaluation of the objective and its gradient on a minibatch.
 
     **Records.** Every `log_every` steps, and at both ends, the true bound is evaluated with fixed draws, so that two records
-    differ by the parameters alone: on at most `log_rows` fixed, random rows of the training data, and on all validation data,
-    a few rows at a time. Modules are in evaluation mode for it. It does not change the training.
+    differ by the parameters alone: on the training data, or on `log_rows` fixed, random rows of them, and on all validation
+    data, a few rows at a time. Modules are in evaluation mode for it. It does not change the training.
 
     **Early stopping.** With `patience`, the run ends once as many records have brought no better bound of the validation
     data, and the best parameters are put back, as they are when `num_steps` ends it.
@@ -90,7 +90,8 @@ class Variational:
             Tensors that a plain function closes over are the user's to move.
         log_every: steps between records of the bound (by `num_log_samples` draws); default 20 records in all.
         num_log_samples: draws per datum of those records.
-        log_rows: rows of the training data that a record looks at; None looks at all. All where rows are not independent.
+        log_rows: rows of the training data that a record looks at, at most; None looks at all, which takes a while where there
+            are tens of thousands. All where rows are not independent.
         patience: records without improvement before `fit` stops; None never stops early.
         checkpoint: a folder for checkpoints.
         log: a file that gets every record as a line of JSON; a new run starts it anew.
@@ -130,7 +131,7 @@ class Variational:
         device: str | torch.device | None = None,
         log_every: int | None = None,
         num_log_samples: int = 10,
-        log_rows: int | None = 1000,
+        log_rows: int | None = None,
         patience: int | None = None,
         checkpoint: str | Path | None = None,
         log: str | Path | None = None,

@@ -309,6 +309,7 @@ def _method(
         preprocess=data.binarize if is_dynamic(settings) else None,
         patience=settings.patience,
         log_every=max(1, total // min(settings.epochs, 50)),
+        log_rows=1000,
         checkpoint=folder / CHECKPOINTS,
         log=folder / LOG,
         device=device,

@@ -147,6 +147,7 @@ def test_programs_whose_rows_are_not_independent_stay_whole():
     assert fit.history[-1]["rows"] == 40
     net, guide, x = net_and_guide()
     assert Variational(guide, num_steps=2, log_rows=5).fit(net, x).history[-1]["rows"] == 5
+    assert Variational(guide, num_steps=1).fit(net, x.repeat(200, 1)).history[-1]["rows"] == 200 * len(x)
     fit = Variational(None, ExactLikelihood(), num_steps=1, log_rows=5).fit(net, x)
     assert fit.history[-1]["rows"] == 5
 
