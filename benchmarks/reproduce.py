@@ -115,7 +115,7 @@ ROWS: dict[str, Row] = {
         model=BURDA,
         data="dynamic",
         gradient="pathwise",
-        epochs=150,
+        epochs=230,
         particles=1,
     ),
 } | {
