@@ -140,7 +140,7 @@ ROWS: dict[str, Row] = {
 BY_HAND = "tutorial-by-hand"
 READING = (
     "",
-    "Readings. The recipe was chosen on the tutorial's test images, see `recipe.md`. Budgets are a few epochs to a few dozen,",
+    "Readings. The recipe was chosen on the tutorial's test images, see `recipe.md`. Budgets are 3 to 230 epochs,",
     "where the papers took hundreds or thousands; the rate of each run ends at zero, so that a longer run is another one, not",
     "a continuation. Of Jang et al.'s nets, and of the number of draws behind these rows, we know what their table says: ours",
     "are the most literal reading, with a fixed uniform prior. For the categorical net our single-draw bound and our `K`",
