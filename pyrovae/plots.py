@@ -265,7 +265,13 @@ def samples_grid(samples: Mapping[str, Tensor], *, dark: bool = False, columns: 
     tall = math.ceil(len(samples) / wide)
     figure, axes = _figure(look, max(3.0, 1.35 * wide + 0.2), 0.7, wide, tall, left=0.015, right=0.985, square=0.1)
     for panel, (name, rows) in zip(axes, samples.items(), strict=False):
-        panel.imshow(_mosaic(rows[:most], columns), cmap="gray" if dark else "gray_r", vmin=0, vmax=1, interpolation="nearest")
+        panel.imshow(
+            _tiles(_images(rows[:most].clamp(0, 1)), columns),
+            cmap="gray" if dark else "gray_r",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
         panel.set_title(
             name, fontsize=9.5, loc="left", color=look.ink, pad=4, fontweight="bold" if name == "data" else "normal"
         )
@@ -745,18 +751,3 @@ def _picture(canvas: Any, title: str, subtitle: str, *, dark: bool) -> Figure:
     if title:
         _title(figure, look, title, subtitle)
     return figure
-
-
-def _mosaic(rows: Tensor, columns: int) -> Any:
-    """Images beside one another with gaps, `[height, width]`; NaN-free, gaps at a light grey."""
-    side = math.isqrt(rows.shape[1])
-    height, width = (side, side) if side * side == rows.shape[1] else (1, rows.shape[1])
-    columns = columns if height > 1 else 1
-    images = rows.detach().cpu().double().reshape(-1, height, width)
-    lines = math.ceil(len(images) / columns)
-    gap = 1
-    canvas = torch.full((lines * (height + gap) - gap, columns * (width + gap) - gap), _GAP, dtype=torch.float64)
-    for i, image in enumerate(images):
-        top, start = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        canvas[top : top + height, start : start + width] = image
-    return canvas.numpy()
