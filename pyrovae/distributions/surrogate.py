@@ -31,17 +31,24 @@ class _Surrogate:
     _validate_args: bool
     _get_checked_instance: Callable[..., Any]
 
+    def __init__(
+        self,
+        logits: Tensor,
+        estimator: Estimator = "reinmax",
+        temperature: float | Tensor = 1.0,
+        validate_args: bool | None = None,  # noqa: FBT001
+    ) -> None:
+        super().__init__(logits=logits, validate_args=validate_args)  # type: ignore[call-arg]
+        check_estimator(estimator)
+        if not isinstance(temperature, Tensor) or self._validate_args:
+            check_temperature(temperature)
+        self.estimator, self.surrogate_temperature = estimator, temperature
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """The same distribution with a larger batch shape."""
         new = self._get_checked_instance(type(self), _instance)
         new.estimator, new.surrogate_temperature = self.estimator, self.surrogate_temperature
         return self._family.expand(self, batch_shape, _instance=new)
-
-    def _check(self, estimator: Estimator, temperature: Any) -> None:
-        check_estimator(estimator)
-        if not isinstance(temperature, Tensor) or self._validate_args:
-            check_temperature(temperature)
-        self.estimator, self.surrogate_temperature = estimator, temperature
 
 
 class SurrogateOneHotCategorical(_Surrogate, dist.OneHotCategorical):
@@ -76,16 +83,6 @@ class SurrogateOneHotCategorical(_Surrogate, dist.OneHotCategorical):
     """
 
     _family = torch.distributions.OneHotCategorical
-
-    def __init__(
-        self,
-        logits: Tensor,
-        estimator: Estimator = "reinmax",
-        temperature: float | Tensor = 1.0,
-        validate_args: bool | None = None,  # noqa: FBT001
-    ) -> None:
-        super().__init__(logits=logits, validate_args=validate_args)
-        self._check(estimator, temperature)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """One-hot values `[*sample_shape, *batch_shape, K]`, with the surrogate's gradient."""
@@ -139,16 +136,6 @@ class SurrogateBernoulli(_Surrogate, dist.Bernoulli):
     """
 
     _family = torch.distributions.Bernoulli
-
-    def __init__(
-        self,
-        logits: Tensor,
-        estimator: Estimator = "reinmax",
-        temperature: float | Tensor = 1.0,
-        validate_args: bool | None = None,  # noqa: FBT001
-    ) -> None:
-        super().__init__(logits=logits, validate_args=validate_args)
-        self._check(estimator, temperature)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Values in {0, 1}, `[*sample_shape, *batch_shape]`, with the surrogate's gradient."""
