@@ -17,7 +17,7 @@ from pyrovae.handlers import Module
 from pyrovae.handlers.anneal import ScaleLatents
 from pyrovae.models.likelihood import Likelihood, make_likelihood
 from pyrovae.models.nets import positive
-from pyrovae.models.program import data_plate
+from pyrovae.models.program import check_rows, check_run, data_plate
 from pyrovae.ops.attention import RAW, attention_window
 from pyrovae.ops.lstm import lstm_step
 
@@ -115,8 +115,7 @@ class DRAW(Module):
         Raises:
             ValueError: for another shape, or values that are no pixels of the likelihood.
         """
-        if x.dim() != 2 or x.shape[1] != self.visible or len(x) == 0:
-            raise ValueError(f"expected data [n, {self.visible}] with at least one row, got {list(x.shape)}")
+        check_rows(x, self.visible)
         decoder = self.decoder
         x = x.to(decoder.canvas)
         self.likelihood.check(x)
@@ -157,7 +156,7 @@ class DRAW(Module):
         zeros = decoder.canvas.new_zeros(self.latent)
         with self.plate(x, batch_size=batch_size, index=index, num_data=num_data):
             if is_validation_enabled():
-                self._check(x)
+                check_run(x, self.beta, self.likelihood)
             with ScaleLatents(self.beta):
                 prior = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
                 latents = [pyro.sample(name, prior) for name in self.latents]
@@ -174,12 +173,6 @@ class DRAW(Module):
         noise = torch.randn(self.steps, positive(n, "n"), self.latent).to(self.decoder.canvas)
         pixels = self.likelihood(self.decoder.decode(noise.unbind()))
         return pixels.mean if mean else pixels.sample()
-
-    def _check(self, x: Tensor | None) -> None:
-        if not bool((self.beta >= 0) & (self.beta < math.inf)):
-            raise ValueError(f"expected a finite beta >= 0, got {float(self.beta)}; set it with model.beta.fill_(1.0)")
-        if x is not None:
-            self.likelihood.check(x)
 
 
 class DRAWState(NamedTuple):

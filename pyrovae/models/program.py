@@ -97,8 +97,7 @@ class VAE(Module):
         Raises:
             ValueError: for another shape, or values that are no pixels of the likelihood.
         """
-        if x.dim() != 2 or x.shape[1] != self.visible or len(x) == 0:
-            raise ValueError(f"expected data [n, {self.visible}] with at least one row, got {list(x.shape)}")
+        check_rows(x, self.visible)
         last = self.decoder[-1].bias
         assert isinstance(last, Tensor)
         x = x.to(last)
@@ -131,7 +130,7 @@ class VAE(Module):
         """
         with data_plate(x, self.visible, batch_size=batch_size, index=index, num_data=num_data):
             if is_validation_enabled():
-                self._check(x)
+                check_run(x, self.beta, self.likelihood)
             with ScaleLatents(self.beta):
                 code = self._code()
             return pyro.sample("x", self.likelihood(self.decoder(code)), obs=x)
@@ -160,14 +159,30 @@ class VAE(Module):
         net = perceptron([self.visible, *self.hidden, outputs], self._activation)
         return nn.Sequential(Centre(self.centre), *net).to(self.beta)
 
-    def _check(self, x: Tensor | None) -> None:
-        if not bool((self.beta >= 0) & (self.beta < float("inf"))):
-            raise ValueError(f"expected a finite beta >= 0, got {float(self.beta)}; set it with model.beta.fill_(1.0)")
-        if x is None:
-            return
-        if not x.is_floating_point():
-            raise ValueError(f"expected floating pixels, got {x.dtype}; convert, and divide bytes by 255")
-        self.likelihood.check(x)
+
+def check_run(x: Tensor | None, beta: Tensor, likelihood: Likelihood) -> None:
+    """Refuse data that are no pixels of a likelihood, and a weight of the KL that is none.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if not bool((beta >= 0) & (beta < float("inf"))):
+        raise ValueError(f"expected a finite beta >= 0, got {float(beta)}; set it with model.beta.fill_(1.0)")
+    if x is None:
+        return
+    if not x.is_floating_point():
+        raise ValueError(f"expected floating pixels, got {x.dtype}; convert, and divide bytes by 255")
+    likelihood.check(x)
+
+
+def check_rows(x: Tensor, visible: int) -> None:
+    """Refuse data that are no rows of a width.
+
+    Raises:
+        ValueError: with the shape.
+    """
+    if x.dim() != 2 or x.shape[1] != visible or len(x) == 0:
+        raise ValueError(f"expected data [n, {visible}] with at least one row, got {list(x.shape)}")
 
 
 def data_plate(x: Tensor | None, width: int, *, batch_size: int, index: Tensor | None, num_data: int | None) -> pyro.plate:
