@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyrovae import plots
+from pyrovae.diagnostics.evaluate import LEAST_FOR_PARETO_K
 from pyrovae.plots import RELAXED, SILENT
 from pyrovae.report import DPI, Cell, Mark, Table, html_facts, html_picture, html_table, number, page, plain, staged
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyrovae.diagnostics import Evaluation, TemperatureCurve
-
-LEAST_FOR_PARETO = 25  # draws; of fewer, less than five make the tail whose shape is k
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -180,8 +179,8 @@ def _bounds(judged: Judged, found: Evaluation) -> Table:
     reading = "read it as a bound only" if found.normalized else "it may lie far below what more particles would give"
     trust = f"the particles are too few for {evidence} in {share:.0%} of rows: {reading}" if share > 0.05 else ""
     shown = f"{share:.0%}"
-    if found.num_particles < LEAST_FOR_PARETO:
-        shown, trust = "", f"needs {LEAST_FOR_PARETO} draws or more, got {found.num_particles}"
+    if found.num_particles < LEAST_FOR_PARETO_K:
+        shown, trust = "", f"needs {LEAST_FOR_PARETO_K} draws or more, got {found.num_particles}"
     rows.append((Cell("effective sample size"), Cell(f"{ess:.1f} of {found.num_particles}", "estimate"), Cell(""), Cell("")))
     rows.append((Cell("rows with Pareto k > 0.7"), Cell(shown, "estimate"), Cell(""), Cell(trust)))
     columns = (("method", "quantity"), ("value", "mean over rows"), ("monte_carlo", "Monte Carlo error"), ("note", "note"))
@@ -276,7 +275,7 @@ def _frame(judged: Judged) -> Any:
     columns = {name: getattr(found, name) for name in names}
     columns |= {f"kl_{site}": kl.sum(-1) for site, kl in found.kl.items()}
     shape = found.hard_elbo.shape
-    if found.num_particles < LEAST_FOR_PARETO:
+    if found.num_particles < LEAST_FOR_PARETO_K:
         del columns["pareto_k"]
     return pd.DataFrame({k: v.reshape(-1).cpu().numpy() for k, v in columns.items() if v is not None and v.shape == shape})
 
