@@ -1,9 +1,10 @@
 """Effect handlers that read or rewrite a program."""
 
 from pyrovae.handlers.anneal import scale_kl
+from pyrovae.handlers.declared import declared
 from pyrovae.handlers.measures import check_measures
 from pyrovae.handlers.own_params import Module, own_params
 from pyrovae.handlers.relax import RelaxReparam, discretize, relax
 from pyrovae.handlers.surrogate import surrogate
 
-__all__ = ["Module", "RelaxReparam", "check_measures", "discretize", "own_params", "relax", "scale_kl", "surrogate"]
+__all__ = ["Module", "RelaxReparam", "check_measures", "declared", "discretize", "own_params", "relax", "scale_kl", "surrogate"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyrovae.handlers import Module, own_params
 from pyrovae.models.program import data_plate
+from pyrovae.ops import SigmoidLayers
 
 
 class SigmoidBeliefNet(Module):
@@ -85,6 +86,11 @@ class SigmoidBeliefNet(Module):
             for layer in range(len(self.weights) - 1, 0, -1):
                 above = pyro.sample(f"h{layer}", self._layer(layer, above))
             return pyro.sample("x", self._layer(0, above), obs=x)
+
+    def layers(self) -> SigmoidLayers:
+        """What Exact, Gibbs and the bounds need to know of this net to take their fast routes."""
+        sites = tuple(f"h{layer + 1}" for layer in range(len(self.weights)))
+        return SigmoidLayers(sites, tuple(self.weights), tuple(self.biases), self.prior)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

@@ -2,9 +2,13 @@
 
 from pyrovae.ops.rng import isolated_rng
 from pyrovae.ops.states import codes_to_index, index_to_codes
+from pyrovae.ops.structures import Chain, FactorialCode, SigmoidLayers
 from pyrovae.ops.weights import effective_sample_size, log_mean_exp
 
 __all__ = [
+    "Chain",
+    "FactorialCode",
+    "SigmoidLayers",
     "codes_to_index",
     "effective_sample_size",
     "index_to_codes",
