@@ -10,7 +10,9 @@ from torch import nn
 from pyrovae.handlers.own_params import OwnedProgram
 
 
-def declared(program: Callable[..., Any], name: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+def declared(
+    program: Callable[..., Any], name: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Any:
     """The record that a model declares, or None.
 
     Only a module itself declares: a program that is relaxed, scaled, conditioned or wrapped in anything else than
