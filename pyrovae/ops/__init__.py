@@ -1,5 +1,7 @@
 """Tensor mathematics without Pyro: state tables, sums in log space, weights and their effective sample size."""
 
+from pyrovae.ops.boltzmann import boltzmann_log_partition, boltzmann_moments, sample_boltzmann
+from pyrovae.ops.partition import check_enumerable, rbm_log_partition, rbm_moments, sample_rbm, softplus_sums
 from pyrovae.ops.rng import isolated_rng
 from pyrovae.ops.states import codes_to_index, index_to_codes
 from pyrovae.ops.structures import Chain, FactorialCode, SigmoidLayers
@@ -9,9 +11,17 @@ __all__ = [
     "Chain",
     "FactorialCode",
     "SigmoidLayers",
+    "boltzmann_log_partition",
+    "boltzmann_moments",
+    "check_enumerable",
     "codes_to_index",
     "effective_sample_size",
     "index_to_codes",
     "isolated_rng",
     "log_mean_exp",
+    "rbm_log_partition",
+    "rbm_moments",
+    "sample_boltzmann",
+    "sample_rbm",
+    "softplus_sums",
 ]
