@@ -2,6 +2,7 @@
 
 from pyrovae.ops.boltzmann import boltzmann_log_partition, boltzmann_moments, sample_boltzmann
 from pyrovae.ops.partition import check_enumerable, rbm_log_partition, rbm_moments, sample_rbm, softplus_sums
+from pyrovae.ops.block_gibbs import boltzmann_sweep, colour_blocks, rbm_hidden, rbm_sweep
 from pyrovae.ops.rng import isolated_rng
 from pyrovae.ops.states import codes_to_index, index_to_codes
 from pyrovae.ops.structures import Chain, FactorialCode, SigmoidLayers
@@ -13,14 +14,18 @@ __all__ = [
     "SigmoidLayers",
     "boltzmann_log_partition",
     "boltzmann_moments",
+    "boltzmann_sweep",
     "check_enumerable",
     "codes_to_index",
+    "colour_blocks",
     "effective_sample_size",
     "index_to_codes",
     "isolated_rng",
     "log_mean_exp",
+    "rbm_hidden",
     "rbm_log_partition",
     "rbm_moments",
+    "rbm_sweep",
     "sample_boltzmann",
     "sample_rbm",
     "softplus_sums",
