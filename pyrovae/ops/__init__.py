@@ -1,8 +1,8 @@
 """Tensor mathematics without Pyro: state tables, sums in log space, weights and their effective sample size."""
 
+from pyrovae.ops.block_gibbs import boltzmann_sweep, colour_blocks, rbm_hidden, rbm_sweep
 from pyrovae.ops.boltzmann import boltzmann_log_partition, boltzmann_moments, sample_boltzmann
 from pyrovae.ops.partition import check_enumerable, rbm_log_partition, rbm_moments, sample_rbm, softplus_sums
-from pyrovae.ops.block_gibbs import boltzmann_sweep, colour_blocks, rbm_hidden, rbm_sweep
 from pyrovae.ops.rng import isolated_rng
 from pyrovae.ops.states import codes_to_index, index_to_codes
 from pyrovae.ops.structures import Chain, FactorialCode, SigmoidLayers
