@@ -16,7 +16,8 @@ from pyrovae.handlers.structure import Latent, copied
 from pyrovae.inference.elimination import Term, amax, logsumexp
 from pyrovae.inference.enumeration import Axis, Enumeration
 from pyrovae.inference.factors import dot
-from pyrovae.inference.posterior import Program, States, code_marginals
+from pyrovae.inference.posterior import Posterior, Program, States, code_marginals
+from pyrovae.inference.routes import find_route
 from pyrovae.inference.solution import Clique, Solution
 from pyrovae.inference.tabulated import TabulatedPosterior, weighted_sum
 
@@ -31,8 +32,12 @@ class Exact:
     Cost: joint states x rows values of log p(x, z), layer by layer where sites form layers, in chunks of at most
     `max_bytes`. Only the evidence is computed at once; marginals, samples and the rest when they are asked for.
 
+    A model that declares a structure takes a faster route to the same answers: a belief net the bilinear one (20 hidden units
+    on all of MNIST take seconds), units that are independent given the data a closed form, a chain forward-backward.
+
     Args:
         max_bytes: the memory that an evaluation may take.
+        declared: take the route of a declared structure; False enumerates the program, whatever it declares.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -45,12 +50,12 @@ class Exact:
         [0.1192, 0.5, 0.8808]
     """
 
-    def __init__(self, *, max_bytes: int = 2**30) -> None:
+    def __init__(self, *, max_bytes: int = 2**30, declared: bool = True) -> None:
         if max_bytes <= 0:
             raise ValueError(f"expected max_bytes > 0, got {max_bytes}")
-        self.max_bytes = max_bytes
+        self.max_bytes, self.declared = max_bytes, declared
 
-    def infer(self, model: Program, *args: Any, **kwargs: Any) -> ExactPosterior:
+    def infer(self, model: Program, *args: Any, **kwargs: Any) -> Posterior:
         """The exact posterior of a program at its arguments.
 
         Args:
@@ -59,7 +64,8 @@ class Exact:
             **kwargs: its keyword arguments.
 
         Returns:
-            An :class:`ExactPosterior`.
+            An :class:`ExactPosterior`, or the posterior of a declared route; either has, beside what every posterior has,
+            `entropy` `[batch]` and `mode`.
 
         Raises:
             ValueError: for a continuous latent; a sequential plate; latents in sibling plates; a site outside the plate of
@@ -69,6 +75,10 @@ class Exact:
         """
         start = time.perf_counter()
         with torch.no_grad():
+            if self.declared:
+                found = find_route(model, args, kwargs, max_bytes=self.max_bytes, method="Exact")
+                if found is not None:
+                    return found.infer()
             space = Enumeration(model, copied(args), copied(kwargs), max_bytes=self.max_bytes)
             solution = Solution(space)
         return ExactPosterior(

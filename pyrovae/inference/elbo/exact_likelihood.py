@@ -13,6 +13,7 @@ from torch import Tensor
 from pyrovae.handlers.own_params import announce
 from pyrovae.handlers.structure import Structure
 from pyrovae.inference.enumeration import Enumeration
+from pyrovae.inference.routes import FoundRoute, find_route
 
 Program = Callable[..., Any]
 
@@ -23,10 +24,11 @@ class ExactLikelihood(pyro.infer.ELBO):
     Exact and differentiable: `Variational(None, ExactLikelihood())` is exact gradient learning. The backward pass recomputes
     chunks, so that the gradient takes no more memory than `max_bytes`. Plate factors full_size/size and a `poutine.scale`
     common to all sites multiply the sum. Costs joint states x rows values of log p(x, z), as
-    :class:`pyrovae.inference.Exact` does, and refuses what that refuses.
+    :class:`pyrovae.inference.Exact` does, or less where the model declares a structure, and refuses what that refuses.
 
     Args:
         max_bytes: the memory that an evaluation may take.
+        declared: take the route of a declared structure; False enumerates the program, whatever it declares.
 
     Example:
         >>> from pyrovae.models import toy
@@ -38,19 +40,22 @@ class ExactLikelihood(pyro.infer.ELBO):
     unbiased = True
     objective = "log_evidence"
 
-    def __init__(self, *, max_bytes: int = 2**30) -> None:
+    def __init__(self, *, max_bytes: int = 2**30, declared: bool = True) -> None:
         super().__init__()
-        self.max_bytes = max_bytes
+        self.max_bytes, self.declared = max_bytes, declared
 
     def differentiable_loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
         """−log p(x), 0-d; `guide` is ignored."""
+        found = self._declared_route(model, args, kwargs)
+        if found is not None:
+            announce(found.task.structure.leaves)
+            return -found.log_evidence().sum() * _rows_for_each(found.task.structure)
         with torch.no_grad():
             space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood")
         announce(space.structure.leaves)
         if space.structure.random_plates:
             torch.rand(())  # moves the caller's random state on: the next call sees other rows
-        rows = math.prod(plate.full_size / plate.size for plate in space.structure.batch)
-        return -(space.log_evidence() * _to_batch(space.scale, space.structure)).sum() * rows
+        return -(space.log_evidence() * _to_batch(space.scale, space.structure)).sum() * _rows_for_each(space.structure)
 
     def loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
         """−log p(x), 0-d, without gradients."""
@@ -67,11 +72,24 @@ class ExactLikelihood(pyro.infer.ELBO):
     def model_evaluations(self, model: Program, *args: Any, **kwargs: Any) -> int:
         """Values of log p(x, z) that one evaluation computes."""
         with torch.no_grad():
+            found = self._declared_route(model, args, kwargs)
+            if found is not None:
+                return found.model_evaluations()
             space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood")
         return space.num_evaluations
 
+    def _declared_route(self, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FoundRoute | None:
+        if not self.declared:
+            return None
+        return find_route(model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood")
+
     def _get_trace(self, model: Program, guide: Program | None, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("ExactLikelihood sums over states and draws no traces")
+
+
+def _rows_for_each(structure: Structure) -> float:
+    """How many rows of the whole data set each row seen stands for."""
+    return math.prod(plate.full_size / plate.size for plate in structure.batch)
 
 
 def _to_batch(scale: Any, structure: Structure) -> Any:
