@@ -23,6 +23,7 @@ def rbm_sweep(
     inverse_temperature: Tensor | None = None,
     base_bias: Tensor | None = None,
     probs: tuple[Tensor, Tensor] | None = None,
+    fields: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw v ~ p(v | h), then h ~ p(h | v), in place, for C chains of p(v, h) ∝ exp(bᵀv + cᵀh + vᵀWh).
@@ -42,6 +43,7 @@ def rbm_sweep(
         inverse_temperature: β of each chain, `[C, 1]`; None is 1.
         base_bias: b₀ `[D]` of the distribution at β = 0; None is 0, the uniform distribution.
         probs: buffers like `v` and `h`.
+        fields: a buffer like `h`, which gets the hidden units' inputs c + vW of the last draw, at β = 1.
         generator: of the uniform numbers.
 
     Returns:
@@ -60,7 +62,9 @@ def rbm_sweep(
         if rest is not None and base_bias is not None:
             p_v.addcmul_(rest, base_bias)
         v.uniform_(generator=generator).lt_(p_v.sigmoid_())
-        rbm_hidden(v, h, weight, hidden_bias, inverse_temperature=inverse_temperature, probs=p_h, generator=generator)
+        rbm_hidden(
+            v, h, weight, hidden_bias, inverse_temperature=inverse_temperature, probs=p_h, fields=fields, generator=generator
+        )
     return p_v, p_h
 
 
@@ -73,6 +77,7 @@ def rbm_hidden(
     *,
     inverse_temperature: Tensor | None = None,
     probs: Tensor | None = None,
+    fields: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw h ~ p(h | v), in place; the arguments are those of :func:`rbm_sweep`.
@@ -81,9 +86,12 @@ def rbm_hidden(
         p(h = 1 | v) `[C, H]`, in the buffer `probs`.
     """
     probs = torch.empty_like(h) if probs is None else probs
-    torch.addmm(hidden_bias, v, weight, out=probs)
+    fields = probs if fields is None else fields
+    torch.addmm(hidden_bias, v, weight, out=fields)
     if inverse_temperature is not None:
-        probs.mul_(inverse_temperature)
+        torch.mul(fields, inverse_temperature, out=probs)
+    elif fields is not probs:
+        probs.copy_(fields)
     h.uniform_(generator=generator).lt_(probs.sigmoid_())
     return probs
 

@@ -91,6 +91,11 @@ def test_every_row_has_its_own_temperature():
     h = torch.ones(3, 3)
     p_v, _ = rbm_sweep(torch.zeros(3, 4), h.clone(), weight, b, c, inverse_temperature=betas, base_bias=base)
     assert torch.allclose(p_v, torch.sigmoid(betas * (b + h @ weight.T) + (1 - betas) * base))
+    for scale in (None, betas):
+        v, fields = torch.zeros(3, 4), torch.zeros(3, 3)
+        _, p_h = rbm_sweep(v, h.clone(), weight, b, c, inverse_temperature=scale, fields=fields)
+        assert torch.allclose(fields, c + v @ weight)
+        assert torch.allclose(p_h, torch.sigmoid((1.0 if scale is None else betas) * fields))
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0, 1e-3, 0.5])
