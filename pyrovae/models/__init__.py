@@ -2,6 +2,7 @@
 
 from pyrovae.models.autoencoder import AutoEncoder
 from pyrovae.models.bernoulli_vae import BernoulliVAE
+from pyrovae.models.boltzmann import BoltzmannMachine, RestrictedBoltzmannMachine
 from pyrovae.models.categorical_vae import CategoricalVAE
 from pyrovae.models.draw import DRAW
 from pyrovae.models.gaussian_vae import GaussianVAE
@@ -13,9 +14,11 @@ __all__ = [
     "DRAW",
     "AutoEncoder",
     "BernoulliVAE",
+    "BoltzmannMachine",
     "CategoricalVAE",
     "GaussianVAE",
     "HierarchicalVAE",
     "MixedVAE",
+    "RestrictedBoltzmannMachine",
     "SigmoidBeliefNet",
 ]
