@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrovae.handlers.structure import Latent, copied
 from pyrovae.inference.elimination import Term, amax, logsumexp
 from pyrovae.inference.enumeration import Axis, Enumeration
-from pyrovae.inference.factors import dot
+from pyrovae.inference.expectations import sites_read, weighted_average
 from pyrovae.inference.posterior import Posterior, Program, States, code_marginals
 from pyrovae.inference.routes import find_route
 from pyrovae.inference.solution import Clique, Solution
@@ -146,21 +146,8 @@ class ExactPosterior(TabulatedPosterior):
             ValueError: if the result of `f` lacks the rows of a plate whose latents it uses: a function of several rows at
                 once has too many joint states; draw samples instead.
         """
-        total: Tensor | None = None
-        for index, log_weights in self.solution.joint(self._asked(f)):
-            value = f(self._values(index))
-            weights = log_weights.exp()
-            if value.shape[: weights.dim()] != weights.shape:
-                raise ValueError(
-                    f"expected f to return [S, batch, …] = {tuple(weights.shape)} and any dims after, got "
-                    f"{tuple(value.shape)}; f must treat rows apart, average over posterior.sample(n) otherwise"
-                )
-            weights = weights.reshape(weights.shape + (1,) * (value.dim() - weights.dim()))
-            value = value if value.is_floating_point() else value.to(weights.dtype)
-            part = dot(weights, value).sum(0)
-            total = part if total is None else total + part
-        assert total is not None
-        return total, torch.zeros_like(total)
+        pieces = self.solution.joint(self._asked(f))
+        return weighted_average(f, ((self._values(index), log_weights) for index, log_weights in pieces))
 
     def sample(self, n: int) -> States:
         """`n` independent draws from p(z | x), `{site: [n, batch, …]}`, by the inverse of the cumulative distribution."""
@@ -183,10 +170,8 @@ class ExactPosterior(TabulatedPosterior):
         """The axes of the sites that `f` looks at."""
         axes = self.enumeration.axes
         start = torch.zeros(1, dtype=torch.long, device=self.enumeration.device)
-        states = _Asked(self._values({axis.dim: start for axis in axes}))
-        with torch.no_grad():
-            f(states)
-        found = [axis for axis in axes if any(site.name in states.names for site in axis.sites)]
+        names = sites_read(f, self._values({axis.dim: start for axis in axes}))
+        found = [axis for axis in axes if any(site.name in names for site in axis.sites)]
         return found or [min(axes, key=lambda axis: axis.size)]
 
     def _values(self, index: Mapping[int, Tensor]) -> States:
@@ -251,40 +236,3 @@ class ExactPosterior(TabulatedPosterior):
             wide = (1,) * (space.structure.plate_depth - len(axis.sites[0].batch_shape))
             index[axis.dim] = number.reshape(number.shape[:1] + wide + number.shape[1:])
         return index
-
-
-class _Asked(dict):  # type: ignore[type-arg]
-    """A dict that remembers which keys were read."""
-
-    def __init__(self, states: States) -> None:
-        super().__init__(states)
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.names.add(name)
-        value: Tensor = super().__getitem__(name)
-        return value
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a site, which counts as read."""
-        self.names.add(name)
-        return super().get(name, default)
-
-    def keys(self) -> Any:
-        """All names, all of which count as read: what follows is not known."""
-        self.names.update(list(super().keys()))
-        return super().keys()
-
-    def values(self) -> Any:
-        """All values, all of which count as read."""
-        self.names.update(list(super().keys()))
-        return super().values()
-
-    def items(self) -> Any:
-        """All items, all of which count as read."""
-        self.names.update(list(super().keys()))
-        return super().items()
-
-    def __iter__(self) -> Iterator[str]:
-        self.names.update(list(super().keys()))
-        return super().__iter__()
