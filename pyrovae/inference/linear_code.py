@@ -7,6 +7,7 @@ in the same way, their codes being the rows, from the top down: independent unit
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -55,13 +56,13 @@ class LinearCodeRoute:
         size, seconds = 40.0 * 2.0 ** max(sizes), _work(record, len(x)) / _PER_SECOND
         if size <= task.max_bytes and seconds <= _MAX_SECONDS:
             return True
-        layers = [len(x) * 2.0 ** sizes[0], *(2.0 ** (a + b) for a, b in zip(sizes, sizes[1:], strict=False))]
+        layers = [len(x) * 2.0 ** sizes[0], *(2.0 ** (a + b) for a, b in itertools.pairwise(sizes))]
         if max(layers) <= _ENUMERABLE:
             return False
         raise ValueError(
-            f"expected hidden layers whose codes {task.method} can list in max_bytes={task.max_bytes:,}, got {max(sizes)} bits in "
-            f"a layer: the sum over 2^{max(sizes)} codes would take about {size:.2g} bytes and {seconds:.2g} seconds; use AIS for "
-            "log p(x) or Variational for a bound"
+            f"expected hidden layers whose codes {task.method} can list in max_bytes={task.max_bytes:,}, got {max(sizes)} bits "
+            f"in a layer: the sum over 2^{max(sizes)} codes would take about {size:.2g} bytes and {seconds:.2g} seconds; use AIS "
+            "for log p(x) or Variational for a bound instead"
         )
 
     def infer(self, record: SigmoidLayers, task: Task) -> LinearCodePosterior:
@@ -157,7 +158,7 @@ class LinearCodePosterior(Posterior):
     @cached_property
     def mode(self) -> States:
         """The most probable joint state (MAP), `{site: [batch, units]}`."""
-        best, numbers = self.tables[-1], []
+        best, numbers = self.tables[-1], list[Tensor]()
         for level in reversed(range(len(self.codes))):
             drive, base = self.codes[level].drive, self._bases[level]
             value, number = linear_code_max(drive, best - self._normaliser(level), max_bytes=self.max_bytes // 4)
@@ -216,9 +217,9 @@ class LinearCodePosterior(Posterior):
         size = 8 * rows * (3 * _sizes(self.net)[0] + 4)
         if total * rows > _ENUMERABLE or size > self.max_bytes:
             raise ValueError(
-                f"expected at most {_ENUMERABLE:,} joint states x rows and {self.max_bytes:,} bytes for an expectation, got {total:,} "
-                f"states of {rows:,} rows, which take {size:,} bytes a state and about {total * rows * 1e-7:.2g} seconds; average "
-                "f over posterior.sample(n) instead"
+                f"expected at most {_ENUMERABLE:,} joint states x rows and {self.max_bytes:,} bytes for an expectation, got "
+                f"{total:,} states of {rows:,} rows: {size:,} bytes a state and about {total * rows * 1e-7:.2g} seconds; average f "
+                "over posterior.sample(n) instead"
             )
         return weighted_average(f, self._first_layer(max(1, self.max_bytes // size)))
 
@@ -332,7 +333,7 @@ class LayerStatistics:
 
 
 def _prior_tables(net: SigmoidLayers, solve: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
-    """log p(h_l) of all codes of h_1, …, h_L, the deepest first computed."""
+    """Log p(h_l) of all codes of h_1, …, h_L, the deepest first computed."""
     tables = [_top_table(net)]
     for level in reversed(range(1, len(net.weights))):
         units = net.weights[level].shape[1]
@@ -343,7 +344,7 @@ def _prior_tables(net: SigmoidLayers, solve: Callable[[Tensor, Tensor], Tensor])
 
 
 def _top_table(net: SigmoidLayers) -> Tensor:
-    """log p(h_L) of all its codes `[2^H]`, in float64."""
+    """Log p(h_L) of all its codes `[2^H]`, in float64."""
     units, bias = len(net.top_bias), net.top_bias.double()
     bits = index_to_codes(torch.arange(2**units, device=bias.device), 2, units)
     linear = torch.cat([part.to(bias) @ bias for part in bits.split(2**16)])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyrovae.handlers import declared
 from pyrovae.handlers.own_params import OwnedProgram
 from pyrovae.handlers.structure import Structure, read_structure
+from pyrovae.inference.factorial import FactorialRoute
 from pyrovae.inference.linear_code import LinearCodeRoute
 from pyrovae.inference.posterior import Posterior, Program
 
@@ -134,4 +135,4 @@ def _plain(structure: Structure) -> bool:
     )
 
 
-ROUTES: dict[str, Route] = {"layers": LinearCodeRoute()}
+ROUTES: dict[str, Route] = {"layers": LinearCodeRoute(), "factorial_code": FactorialRoute()}

@@ -27,7 +27,7 @@ _MAX_ROWS = 4096
 
 
 def linear_code_logsumexp(drive: Tensor, table: Tensor, *, max_bytes: int = 2**28) -> Tensor:
-    """log Σ_h exp(drive_n · h + table[h]) over all codes h, exact.
+    """Log Σ_h exp(drive_n · h + table[h]) over all codes h, exact.
 
     Costs 2^(H+1) floating point operations a row, and as many twice more for the gradient, which recomputes chunks.
 
@@ -75,7 +75,7 @@ class LinearCodes:
     def __init__(self, drive: Tensor, table: Tensor, *, max_bytes: int = 2**28) -> None:
         if drive.dim() != 2 or table.shape != (2 ** drive.shape[1],):
             raise ValueError(
-                f"expected drive [N, H] and table [2^H], got {tuple(drive.shape)} and {tuple(table.shape)}; give one value a code"
+                f"expected drive [N, H] and table [2^H], got {tuple(drive.shape)} and {tuple(table.shape)}; give a value a code"
             )
         self.drive, self.table, self.max_bytes = drive.detach().double(), table.detach().double(), max_bytes
         if not (bool(torch.isfinite(self.drive).all()) and bool(torch.isfinite(self.table).all())):
