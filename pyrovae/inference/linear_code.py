@@ -61,7 +61,7 @@ class LinearCodeRoute:
             return False
         raise ValueError(
             f"expected hidden layers whose codes {task.method} can list in max_bytes={task.max_bytes:,}, got {max(sizes)} bits "
-            f"in a layer: the sum over 2^{max(sizes)} codes would take about {size:.2g} bytes and {seconds:.2g} seconds; use AIS "
+            f"in a layer: to sum over 2^{max(sizes)} codes takes about {size:.2g} bytes and {seconds:.2g} seconds; use AIS "
             "for log p(x) or Variational for a bound instead"
         )
 
@@ -218,7 +218,7 @@ class LinearCodePosterior(Posterior):
         if total * rows > _ENUMERABLE or size > self.max_bytes:
             raise ValueError(
                 f"expected at most {_ENUMERABLE:,} joint states x rows and {self.max_bytes:,} bytes for an expectation, got "
-                f"{total:,} states of {rows:,} rows: {size:,} bytes a state and about {total * rows * 1e-7:.2g} seconds; average f "
+                f"{total:,} states of {rows:,} rows: {size:,} bytes a state, about {total * rows * 1e-7:.2g} seconds; average f "
                 "over posterior.sample(n) instead"
             )
         return weighted_average(f, self._first_layer(max(1, self.max_bytes // size)))
