@@ -218,7 +218,7 @@ class LinearCodePosterior(Posterior):
         if total * rows > _ENUMERABLE or size > self.max_bytes:
             raise ValueError(
                 f"expected at most {_ENUMERABLE:,} joint states x rows and {self.max_bytes:,} bytes for an expectation, got "
-                f"{total:,} states of {rows:,} rows: {size:,} bytes a state, about {total * rows * 1e-7:.2g} seconds; average f "
+                f"{total:,} states of {rows:,} rows: {size:,} bytes a state, {total * rows * 1e-7:.2g} seconds; average f "
                 "over posterior.sample(n) instead"
             )
         return weighted_average(f, self._first_layer(max(1, self.max_bytes // size)))
