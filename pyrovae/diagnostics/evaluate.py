@@ -374,4 +374,4 @@ def _relaxed(model: Program, guide: Program, rows: Rows, temperature: float | No
 
 
 def _normalized(some: Weighed) -> bool:
-    return all(getattr(innermost(site.fn), "normalized", True) for site in some.sites.values() if site.observed)
+    return all(getattr(innermost(site.fn), "normalized", True) for site in some.sites.values())

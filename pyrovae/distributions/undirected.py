@@ -87,11 +87,14 @@ class Undirected(TorchDistribution):
         """All 2^n values, `[2^n, *batch_shape, n]`, or with batch dims of size 1; the first unit varies slowest.
 
         Raises:
-            NotImplementedError: for more than 20 units.
+            ValueError: for more than 20 units.
         """
         n = self.event_shape[0]
         if n > _MAX_SUPPORT:
-            raise NotImplementedError(f"expected at most {_MAX_SUPPORT} units to list the states of, got {n}: 2^{n} states")
+            raise ValueError(
+                f"expected at most {_MAX_SUPPORT} units to list the states of, got {n}: 2^{n} states, "
+                f"{2.0**n * n * self._like.element_size():.1e} bytes; draw them with sample"
+            )
         states = index_to_codes(torch.arange(2**n, device=self._like.device), 2, n).to(self._like.dtype)
         states = states.reshape((-1,) + (1,) * len(self.batch_shape) + (n,))
         return states.expand((-1, *self.batch_shape, n)) if expand else states
@@ -103,6 +106,10 @@ class Undirected(TorchDistribution):
         super(Undirected, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def unexpanded(self) -> Any:
+        """The same with the batch shape of its parameters, before any plate expanded it."""
+        return self.expand(self.parameters[-1].shape[:-1])
 
     # ---- what a family gives ----------------------------------------------------------------------------------------
 

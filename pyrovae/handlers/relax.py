@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.distributions import RelaxedBernoulli, RelaxedOneHotCategorical
+from pyrovae.distributions.undirected import Undirected
 from pyrovae.handlers.rewrite import (
     Rewrite,
     RewrittenProgram,
@@ -69,7 +70,8 @@ def relax(
 
     Raises:
         ValueError: if the temperature is not positive and finite; at a run, for a latent that is discrete but neither
-            Bernoulli nor OneHotCategorical, and where one of model and guide is relaxed softly and the other straight-through.
+            Bernoulli nor OneHotCategorical (an RBM or Boltzmann machine has no relaxed twin), and where one of model and guide
+            is relaxed softly and the other straight-through.
 
     Example:
         >>> import pyro
@@ -179,6 +181,12 @@ class _Relaxer:
             family = RelaxedOneHotCategorical
         elif isinstance(fn, (RelaxedBernoulli, RelaxedOneHotCategorical)):
             return fn
+        elif isinstance(fn, Undirected):
+            raise ValueError(
+                f"expected Bernoulli or OneHotCategorical latents for relax, got the {type(fn).__name__} site {name!r}, which "
+                "has no relaxed twin; keep its values hard, with pyrovae.handlers.surrogate (Variational(surrogate=...)) or "
+                "the score function (Trace_ELBO), and where it is the observation, pass data"
+            )
         else:
             refuse_other_discrete(name, fn, "relax")
             return fn

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.distributions import SurrogateBernoulli, SurrogateOneHotCategorical
+from pyrovae.distributions.undirected import Undirected
 from pyrovae.handlers.own_params import own_params
 from pyrovae.handlers.rewrite import innermost, is_discrete
 from pyrovae.ops import isolated_rng
@@ -116,6 +117,8 @@ class Structure:
         random_plates: names of plates that draw which rows they see.
         scales: `poutine.scale` of each site, the plates' factors divided out.
         masks: the mask of each latent, a tensor over its plates, a bool or None.
+        factors: names of `pyro.factor` statements.
+        unnormalized: names of sites drawn from an RBM or Boltzmann machine whose log Z is unknown.
     """
 
     latents: tuple[Latent, ...]
@@ -128,6 +131,8 @@ class Structure:
     random_plates: tuple[str, ...] = ()
     scales: dict[str, Any] = field(default_factory=dict, repr=False)
     masks: dict[str, Any] = field(default_factory=dict, repr=False)
+    factors: tuple[str, ...] = ()
+    unnormalized: tuple[str, ...] = ()
 
     @property
     def plates(self) -> frozenset[Plate]:
@@ -226,6 +231,8 @@ def read_structure(program: Callable[..., Any], args: tuple[Any, ...], kwargs: M
         random_plates=tuple(sorted(random)),
         scales={name: site.user_scale for name, site in sites.items()},
         masks={site.name: both(unmask(site.fn)[1], site.mask) for site in sites.values() if not site.observed},
+        factors=tuple(name for name, site in sites.items() if site.observed and isinstance(innermost(site.fn), dist.Unit)),
+        unnormalized=tuple(name for name, site in sites.items() if not _has_log_partition(innermost(site.fn))),
     )
 
 
@@ -537,6 +544,10 @@ def _gradient(fn: Any) -> Gradient | None:
         return "surrogate"
     relaxed = (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)
     return "relaxed" if isinstance(family, relaxed) else None
+
+
+def _has_log_partition(family: Any) -> bool:
+    return family.normalized if isinstance(family, Undirected) else True
 
 
 def _base_support(support: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrovae.distributions import SurrogateBernoulli, SurrogateOneHotCategorical
 from pyrovae.distributions.surrogate import Estimator, check_estimator
+from pyrovae.distributions.undirected import Undirected
 from pyrovae.handlers.rewrite import Rewrite, RewrittenProgram, as_temperature, read_temperature, refuse_other_discrete
 
 
@@ -24,6 +25,11 @@ def surrogate(
     Every latent Bernoulli becomes a :class:`pyrovae.distributions.SurrogateBernoulli`, every latent OneHotCategorical a
     :class:`pyrovae.distributions.SurrogateOneHotCategorical`. Values, log probabilities and KLs are those of the program,
     so that the objective is its discrete bound; only the gradient is an estimate.
+
+    An RBM or Boltzmann machine stays as it is: as a prior, it passes the gradient of −F(z), taken at the hard z as if z were
+    real, on to the draw of the guide. That of a Boltzmann machine is linear in each unit, which adds no bias where the guide's
+    bits are independent; an RBM's softplus adds one, under ReinMax of third order in its weights. In a guide, such a site is
+    left to the score function.
 
     Wrap **model and guide**: log p(z) of a stock OneHotCategorical does not depend on z differentiably, so that with the
     guide alone wrapped the prior's part of the gradient is silently missing under `Trace_ELBO`.
@@ -42,7 +48,7 @@ def surrogate(
 
     Raises:
         ValueError: for another estimator or a bad temperature; at a run, for a latent that is discrete but neither Bernoulli
-            nor OneHotCategorical.
+            nor OneHotCategorical nor an RBM or Boltzmann machine.
 
     Example:
         >>> import pyro
@@ -82,6 +88,6 @@ class _Change:
             return SurrogateBernoulli(fn.logits, self.estimator, self.temperature, validate_args=fn._validate_args)
         if isinstance(fn, torch.distributions.OneHotCategorical):
             return SurrogateOneHotCategorical(fn.logits, self.estimator, self.temperature, validate_args=fn._validate_args)
-        if not isinstance(fn, (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)):
+        if not isinstance(fn, (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical, Undirected)):
             refuse_other_discrete(name, fn, "surrogate")
         return fn

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from pyrovae.handlers.energy import check_normalized, warn_of_energies
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.exact import Exact
 from pyrovae.inference.fit import Fit, check_penalty, snapshot, squared_norm, state_of, versions
@@ -85,7 +86,10 @@ class EM:
             RuntimeError: if the penalised log likelihood fell although the E-step is exact.
         """
         begin, seed = time.perf_counter(), torch.initial_seed()
-        leaves = {n: leaf for n, leaf in read_structure(model, args, kwargs).leaves.items() if leaf.requires_grad}
+        structure = read_structure(model, args, kwargs)
+        check_normalized(structure, "EM")
+        warn_of_energies(model, args, kwargs, structure)
+        leaves = {n: leaf for n, leaf in structure.leaves.items() if leaf.requires_grad}
         if not leaves:
             raise ValueError("expected a model with parameters, got none; there is nothing to learn")
         history: list[dict[str, Any]] = []

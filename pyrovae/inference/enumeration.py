@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pyrovae.handlers.energy import check_normalized
 from pyrovae.handlers.structure import (
     Latent,
     Structure,
@@ -82,6 +83,7 @@ class Enumeration:
         plain: evaluate every site by its own `log_prob` (the oracle).
         states: codes `[S, components]` of every site: only these S joint states, along one axis. The program must have a
             single level.
+        structure: of the program at these arguments, where it is known already.
     """
 
     def __init__(
@@ -95,11 +97,14 @@ class Enumeration:
         method: str = "Exact",
         plain: bool = False,
         states: Mapping[str, Tensor] | None = None,
+        structure: Structure | None = None,
     ) -> None:
         self.program, self.args, self.kwargs, self.method, self.plain = program, args, dict(kwargs), method, plain
-        self.structure = read_structure(program, args, kwargs)
+        self.structure = read_structure(program, args, kwargs) if structure is None else structure
         self.max_bytes = max_bytes
         self.shapes: dict[str, SiteShape] = {}
+        if method != "Gibbs":  # which needs no evidence
+            check_normalized(self.structure, method)
         latents = finite_latents(self.structure, method, "Variational, Importance or MCMC(NUTS(model), ...)")
         self.levels = _nested_levels(self.structure, latents, method)
         self.scale = common_scale(self.structure, method)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
+from pyrovae.distributions.undirected import Undirected
 from pyrovae.handlers.structure import Site, both, unmask
 
 
@@ -266,6 +267,8 @@ def _thin_fn(fn: Any, *, plain: bool) -> Any:
     """The distribution with thin parameters where its class is told by its `arg_constraints`; else as it stands."""
     if plain:
         return fn
+    if isinstance(fn, Undirected):
+        return fn.unexpanded()
     if type(fn) is dist.Independent:
         base = _thin_fn_base(fn.base_dist, fn.reinterpreted_batch_ndims)
         return fn if base is None else base.to_event(fn.reinterpreted_batch_ndims)

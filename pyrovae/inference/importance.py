@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pyrovae.handlers.energy import warn_of_energies
 from pyrovae.handlers.structure import check_whole_plates, common_scale
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.log_joint import LogJoint
@@ -56,6 +57,7 @@ class Importance:
         log_joint = LogJoint(model, args, kwargs)
         common_scale(log_joint.structure, "Importance")
         check_whole_plates(log_joint.structure, "Importance")
+        warn_of_energies(model, args, kwargs, log_joint.structure, learn=False)
         log_joint.check_rows("Importance")
         states, log_w = weigh(log_joint, self.guide, self.num_samples)
         lost, found = torch.isneginf(log_w).all(0), evidence(log_w)

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Latent, Observed, Site, Structure, copied, draw_sites, read_structure, run_sites
+from pyrovae.handlers.energy import check_normalized
+from pyrovae.handlers.structure import (
+    Latent,
+    Observed,
+    Site,
+    Structure,
+    common_scale,
+    copied,
+    draw_sites,
+    read_structure,
+    run_sites,
+)
 from pyrovae.inference.elimination import Term, add, sum_plates
 from pyrovae.inference.factors import site_factor
 from pyrovae.ops import isolated_rng
@@ -170,6 +181,19 @@ class LogJoint:
 
     def _batch_dims(self) -> frozenset[int]:
         return frozenset(plate.dim for plate in self.structure.batch)
+
+
+def log_likelihood(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Structure) -> Tensor:
+    """Log p(x) `[batch]` of a program without latents, scales common to all sites included, differentiable.
+
+    Raises:
+        ValueError: if a site's log Z is unknown, or sites are scaled differently.
+    """
+    check_normalized(structure, "ExactLikelihood")
+    scale = common_scale(structure, "ExactLikelihood")
+    joint = LogJoint(program, args, kwargs, structure=structure, broadcasts=True)
+    total = joint.total(joint.terms({}), 1)[0]
+    return total * structure.to_batch(scale) if isinstance(scale, Tensor) and scale.dim() else total * scale
 
 
 def _spots(latent: Latent, draws: Sequence[Mapping[str, Any]]) -> Tensor:

@@ -16,6 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.handlers.anneal import scale_kl
+from pyrovae.handlers.energy import warn_of_energies
 from pyrovae.handlers.measures import check_bare, check_changes, check_measures
 from pyrovae.handlers.own_params import own_params
 from pyrovae.handlers.relax import relax
@@ -63,6 +64,8 @@ class Optimization:
         self.first, self.first_kwargs = self._first(programs)
         structure = read_structure(model, self.first, self.first_kwargs)
         self.leaves: dict[str, dict[str, Tensor]] = {"model": _trainable(structure.leaves)}
+        if not isinstance(method.elbo, ExactLikelihood):  # which warns itself
+            warn_of_energies(model, self.first, self.first_kwargs, structure, learn=learn_model)
         depth = structure.plate_depth
         if method.guide is not None:
             of_guide = read_structure(method.guide, self.first, self.first_kwargs)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from pyrovae.handlers.energy import warn_of_energies
 from pyrovae.handlers.structure import frozen_leaves, read_structure
 from pyrovae.inference.batches import check_device, on_device
 from pyrovae.inference.draws import DrawsPosterior
@@ -251,6 +252,7 @@ class Variational:
                 losses = [run.step(step) for step in trange(self.num_guide_steps, desc="guide", disable=not self.progress)]
             evaluations = run.evaluations
         log_joint = LogJoint(model, self._prepared(args), kwargs)
+        warn_of_energies(model, args, kwargs, log_joint.structure, learn=False)
         states, log_w = weigh(log_joint, self.guide, self.num_samples)
         latents, rows = log_joint.structure.latents, log_joint.structure.batch_shape.numel()
         return VariationalPosterior(

@@ -10,9 +10,11 @@ import pyro.infer
 import torch
 from torch import Tensor
 
+from pyrovae.handlers.energy import warn_of_energies
 from pyrovae.handlers.own_params import announce
-from pyrovae.handlers.structure import Structure
+from pyrovae.handlers.structure import Structure, read_structure
 from pyrovae.inference.enumeration import Enumeration
+from pyrovae.inference.log_joint import log_likelihood
 from pyrovae.inference.routes import FoundRoute, find_route
 
 Program = Callable[..., Any]
@@ -24,7 +26,8 @@ class ExactLikelihood(pyro.infer.ELBO):
     Exact and differentiable: `Variational(None, ExactLikelihood())` is exact gradient learning. The backward pass recomputes
     chunks, so that the gradient takes no more memory than `max_bytes`. Plate factors full_size/size and a `poutine.scale`
     common to all sites multiply the sum. Costs joint states x rows values of log p(x, z), as
-    :class:`pyrovae.inference.Exact` does, or less where the model declares a structure, and refuses what that refuses.
+    :class:`pyrovae.inference.Exact` does, or less where the model declares a structure, and refuses what that refuses. A
+    program without latents, such as a fully visible Boltzmann machine, is learned by its own log probability.
 
     Args:
         max_bytes: the memory that an evaluation may take.
@@ -43,6 +46,7 @@ class ExactLikelihood(pyro.infer.ELBO):
     def __init__(self, *, max_bytes: int = 2**30, declared: bool = True) -> None:
         super().__init__()
         self.max_bytes, self.declared = max_bytes, declared
+        self._warned = False
 
     def differentiable_loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
         """−log p(x), 0-d; `guide` is ignored."""
@@ -51,7 +55,16 @@ class ExactLikelihood(pyro.infer.ELBO):
             announce(found.task.structure.leaves)
             return -found.log_evidence().sum() * _rows_for_each(found.task.structure)
         with torch.no_grad():
-            space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood")
+            structure = read_structure(model, args, kwargs)
+        if torch.is_grad_enabled() and not self._warned:
+            warn_of_energies(model, args, kwargs, structure)
+            self._warned = True
+        if not structure.latents:
+            announce(structure.leaves)
+            return -log_likelihood(model, args, kwargs, structure).sum() * _rows_for_each(structure)
+        with torch.no_grad():
+            method, size = "ExactLikelihood", self.max_bytes
+            space = Enumeration(model, args, kwargs, max_bytes=size, method=method, structure=structure)
         announce(space.structure.leaves)
         if space.structure.random_plates:
             torch.rand(())  # moves the caller's random state on: the next call sees other rows
@@ -75,7 +88,11 @@ class ExactLikelihood(pyro.infer.ELBO):
             found = self._declared_route(model, args, kwargs)
             if found is not None:
                 return found.model_evaluations()
-            space = Enumeration(model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood")
+            structure = read_structure(model, args, kwargs)
+            if not structure.latents:
+                return structure.batch_shape.numel()
+            method, size = "ExactLikelihood", self.max_bytes
+            space = Enumeration(model, args, kwargs, max_bytes=size, method=method, structure=structure)
         return space.num_evaluations
 
     def _declared_route(self, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FoundRoute | None:
