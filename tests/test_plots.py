@@ -104,8 +104,8 @@ class TestGrids:
         assert torch.equal(canvas[:3, :3], x[0].reshape(3, 3))
         assert torch.equal(canvas[4:, 4:7], x[4].reshape(3, 3))
         assert not torch.equal(canvas[:3, 4:7], x[4].reshape(3, 3))
-        assert (canvas[3] == plots._GAP).all()
-        assert (canvas[4:, 8:] == plots._GAP).all(), "no sixth image"
+        assert (canvas[3] == plots.GAP).all()
+        assert (canvas[4:, 8:] == plots.GAP).all(), "no sixth image"
 
     def test_one_image_strips_and_shapes(self):
         x = torch.rand(1, 16)
