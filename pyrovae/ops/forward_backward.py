@@ -56,12 +56,12 @@ def forward_backward(
         >>> sums.log_evidence.tolist()
         [0.0]
     """
-    log_likelihood = log_likelihood.detach().transpose(0, 1).double()
-    unseen = None
+    log_likelihood, unseen = log_likelihood.detach(), None
     if lengths is not None:
-        unseen = torch.arange(len(log_likelihood), device=lengths.device).unsqueeze(-1) >= lengths  # [L, B]
-        log_likelihood = log_likelihood.masked_fill(unseen.unsqueeze(-1), 0.0)
-    chain = (log_initial.detach().double(), log_transition.detach().double(), log_likelihood.contiguous(), unseen)
+        times = torch.arange(log_likelihood.shape[1], device=lengths.device)
+        unseen = times.unsqueeze(-1) >= lengths  # [L, B]
+        log_likelihood = log_likelihood.masked_fill(unseen.T.unsqueeze(-1), 0.0)
+    chain = (log_initial.detach().double(), log_transition.detach().double(), log_likelihood, unseen)
     try:
         return Scaled(*chain)
     except FloatingPointError:
@@ -79,23 +79,30 @@ class ForwardBackward(ABC):
 
     def __init__(self, log_initial: Tensor, log_transition: Tensor, log_likelihood: Tensor, unseen: Tensor | None) -> None:
         self.log_initial, self.log_transition = log_initial, log_transition
-        self.log_likelihood, self.unseen = log_likelihood, unseen
+        self.given, self.unseen = log_likelihood, unseen
         self.transition = log_transition.exp()
 
-    @property
-    def marginals(self) -> Tensor:
-        """p(z_t = k | x), `[L, B, K]`."""
-        return self.smoothed[0]
-
-    @property
-    def counts(self) -> Counts:
-        """Expected numbers of first states and of transitions between seen times."""
-        return self.smoothed[1]
+    @cached_property
+    def log_likelihood(self) -> Tensor:
+        """Log p(x_t | z_t = k), `[L, B, K]` in float64."""
+        return self.given.transpose(0, 1).double()
 
     @property
     @abstractmethod
-    def smoothed(self) -> tuple[Tensor, Counts]:
-        """Marginals and counts."""
+    def marginals(self) -> Tensor:
+        """p(z_t = k | x), `[L, B, K]`."""
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Expected numbers of first states and of transitions between seen times."""
+        first = self.marginals[0]
+        if self.unseen is not None:
+            first = first.masked_fill(self.unseen[0].unsqueeze(-1), 0.0)
+        return Counts(first.sum(0), self._transitions())
+
+    @abstractmethod
+    def _transitions(self) -> Tensor:
+        """Expected numbers of transitions between seen times, `[K, K]`."""
 
     @abstractmethod
     def pair_sum(self, table: Tensor) -> Tensor:
@@ -147,37 +154,41 @@ class Scaled(ForwardBackward):
 
     def __init__(self, log_initial: Tensor, log_transition: Tensor, log_likelihood: Tensor, unseen: Tensor | None) -> None:
         super().__init__(log_initial, log_transition, log_likelihood, unseen)
-        largest = log_likelihood.amax(-1, keepdim=True)  # [L, B, 1]
-        largest.clamp_(min=torch.finfo(largest.dtype).min)
-        self.emission = (log_likelihood - largest).exp_()
-        self.alpha, log_scale = _walk(log_initial.exp(), self.transition, self.emission)
+        emission = log_likelihood.transpose(0, 1).to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+        largest = emission.amax(-1, keepdim=True).clamp_(min=torch.finfo(emission.dtype).min)  # [L, B, 1]
+        emission.sub_(largest).exp_()
+        alpha, log_scale = _walk(log_initial.exp(), self.transition, emission)
         self.log_evidence = log_scale + largest.sum((0, -1))
-        # Its range is looked at now, so that the other class can take over.
-        self.omega, _ = _walk(torch.ones_like(log_initial), self.transition.T.contiguous(), self.emission, reverse=True)
-        del self.emission
-        self.beta = self.omega[1:] @ self.transition.T  # [L − 1, B, K]
-        self.joint = torch.cat((self.alpha[:-1] * self.beta, self.alpha[-1:]))
-        self.total = self.joint.sum(-1, keepdim=True)
-        if float(self.total.min()) < _SMALLEST**2:
+        into = self.transition.T.contiguous()
+        self.omega, _ = _walk(torch.ones_like(log_initial), into, emission, reverse=True)
+        # From here on the likelihoods' memory holds A ω, then the marginals; α is rescaled so that α · A ω = 1.
+        joint = emission
+        torch.mm(self.omega[1:].flatten(0, 1), into, out=joint[:-1].flatten(0, 1))
+        joint[-1] = 1.0
+        total = joint.mul_(alpha).sum(-1, keepdim=True)
+        if not float(total.min()) >= _SMALLEST**2:
             raise FloatingPointError("scaled messages left the range of float64")
+        self.alpha, self._marginals = alpha.div_(total), joint.div_(total)
 
-    @cached_property
-    def smoothed(self) -> tuple[Tensor, Counts]:
-        """Marginals and counts."""
-        marginals = self.joint / self.total
-        weighted = self.alpha[:-1] / self.total[:-1]
+    @property
+    def marginals(self) -> Tensor:
+        """p(z_t = k | x), `[L, B, K]`."""
+        return self._marginals
+
+    def _transitions(self) -> Tensor:
+        alpha = self.alpha[:-1]
         if self.unseen is not None:
-            weighted.masked_fill_(self.unseen[1:].unsqueeze(-1), 0.0)
-        pairs = weighted.flatten(0, 1).T @ self.omega[1:].flatten(0, 1)
-        first = marginals[0] if self.unseen is None else marginals[0].masked_fill(self.unseen[0].unsqueeze(-1), 0.0)
-        return marginals, Counts(first.sum(0), pairs * self.transition)
+            alpha = alpha.masked_fill(self.unseen[1:].unsqueeze(-1), 0.0)
+        return (alpha.flatten(0, 1).T @ self.omega[1:].flatten(0, 1)) * self.transition
 
     def pair_sum(self, table: Tensor) -> Tensor:
         """E[Σ_t table(z_t, z_{t+1})], `[B]`."""
         possible = torch.where(torch.isfinite(table), table, 0.0) * self.transition
-        value = ((self.omega[1:] @ possible.T) * self.alpha[:-1]).sum(-1) / self.total[:-1, :, 0]
-        lost = ((self.omega[1:] @ (self.transition * (table == -math.inf)).T) * self.alpha[:-1]).sum((0, -1)) > 0
-        return torch.where(lost, -math.inf, value.sum(0))
+        value = ((self.omega[1:] @ possible.T) * self.alpha[:-1]).sum((0, -1))
+        lost = self.transition * (table == -math.inf)
+        if bool(lost.any()):
+            value = torch.where(((self.omega[1:] @ lost.T) * self.alpha[:-1]).sum((0, -1)) > 0, -math.inf, value)
+        return value
 
     def sample(self, n: int) -> Tensor:
         """`n` paths, `[n, B, L]`."""
@@ -193,8 +204,8 @@ class Logarithmic(ForwardBackward):
 
     def __init__(self, log_initial: Tensor, log_transition: Tensor, log_likelihood: Tensor, unseen: Tensor | None) -> None:
         super().__init__(log_initial, log_transition, log_likelihood, unseen)
-        alpha = [log_initial + log_likelihood[0]]
-        for seen in log_likelihood[1:].unbind(0):
+        alpha = [log_initial + self.log_likelihood[0]]
+        for seen in self.log_likelihood[1:].unbind(0):
             alpha.append(torch.logsumexp(alpha[-1].unsqueeze(-1) + log_transition, -2) + seen)
         self.log_alpha = torch.stack(alpha)
         self.log_evidence = torch.logsumexp(alpha[-1], -1)
@@ -208,20 +219,17 @@ class Logarithmic(ForwardBackward):
         return torch.stack(omega[::-1])
 
     @cached_property
-    def smoothed(self) -> tuple[Tensor, Counts]:
-        """Marginals and counts."""
-        pairs = self._pairs(lambda t, p: p if self.unseen is None else p.masked_fill(self.unseen[t + 1][:, None, None], 0.0))
-        beta = torch.cat((torch.zeros_like(self.log_omega[:1]), self.log_omega))[1:].roll(-1, 0)
-        beta[-1] = 0.0
-        if len(beta) > 1:
-            beta[:-1] = torch.stack([torch.logsumexp(self.log_transition + o.unsqueeze(-2), -1) for o in self.log_omega[1:]])
-        marginals = torch.softmax(self.log_alpha + beta, -1)
-        first = marginals[0] if self.unseen is None else marginals[0].masked_fill(self.unseen[0].unsqueeze(-1), 0.0)
-        return marginals, Counts(first.sum(0), pairs.sum(0))
+    def marginals(self) -> Tensor:
+        """p(z_t = k | x), `[L, B, K]`."""
+        after = [torch.logsumexp(self.log_transition + omega.unsqueeze(-2), -1) for omega in self.log_omega[1:].unbind(0)]
+        return torch.softmax(self.log_alpha + torch.stack([*after, torch.zeros_like(self.log_omega[0])]), -1)
+
+    def _transitions(self) -> Tensor:
+        return self._pairs(seen=True).sum(0)
 
     def pair_sum(self, table: Tensor) -> Tensor:
         """E[Σ_t table(z_t, z_{t+1})], `[B]`."""
-        pairs = self._pairs(lambda t, p: p)
+        pairs = self._pairs(seen=False)
         return (pairs * torch.where(pairs > 0, table, 0.0)).sum((-1, -2))
 
     def sample(self, n: int) -> Tensor:
@@ -232,13 +240,14 @@ class Logarithmic(ForwardBackward):
             z.append(_draw(torch.softmax(alpha + into[z[-1]], -1)))
         return torch.stack(z[::-1], -1)
 
-    def _pairs(self, keep) -> Tensor:  # noqa: ANN001
-        """Σ_t p(z_t, z_{t+1} | x), `[B, K, K]`."""
+    def _pairs(self, *, seen: bool) -> Tensor:
+        """Σ_t p(z_t, z_{t+1} | x), over seen times only or all, `[B, K, K]`."""
         states = self.log_initial.numel()
         total = self.log_alpha.new_zeros((self.log_alpha.shape[1], states, states))
         for t in range(len(self.log_alpha) - 1):
             joint = self.log_alpha[t].unsqueeze(-1) + self.log_transition + self.log_omega[t + 1].unsqueeze(-2)
-            total += keep(t, (joint - self.log_evidence[:, None, None]).exp())
+            pair = (joint - self.log_evidence[:, None, None]).exp()
+            total += pair.masked_fill(self.unseen[t + 1][:, None, None], 0.0) if seen and self.unseen is not None else pair
         return total
 
 
