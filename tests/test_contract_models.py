@@ -17,6 +17,7 @@ from pyrovae.models import (
     DRAW,
     BernoulliVAE,
     CategoricalVAE,
+    DeepBeliefNet,
     GaussianVAE,
     HierarchicalVAE,
     MixedVAE,
@@ -27,6 +28,8 @@ from pyrovae.models import (
 MODELS = {
     "SigmoidBeliefNet": (lambda: SigmoidBeliefNet(5, 3), 5, {"h1": (3,)}),
     "SigmoidBeliefNet, layers": (lambda: SigmoidBeliefNet(5, [3, 2]), 5, {"h2": (2,), "h1": (3,)}),
+    "DeepBeliefNet": (lambda: DeepBeliefNet(5, [3, 2]), 5, {"h1": (3,)}),
+    "DeepBeliefNet, layers": (lambda: DeepBeliefNet(5, [3, 2, 2]), 5, {"h2": (2,), "h1": (3,)}),
     "belief_net": (lambda: toy.belief_net(4, 2), 4, {"h1": (2,)}),
     "Mixture": (lambda: toy.Mixture(5, 3), 5, {"z": ()}),
     "LinearGaussian": (lambda: toy.LinearGaussian(3, 2), 3, {"z": (2,)}),
@@ -54,6 +57,8 @@ MODELS = {
 DISCRETE = [
     "SigmoidBeliefNet",
     "SigmoidBeliefNet, layers",
+    "DeepBeliefNet",
+    "DeepBeliefNet, layers",
     "belief_net",
     "Mixture",
     "CategoricalVAE",
