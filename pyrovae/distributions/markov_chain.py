@@ -173,8 +173,8 @@ class MarkovChain(TorchDistribution):
         count = self.num_states**self.length
         if count > _MAX_STATES:
             raise ValueError(
-                f"expected at most {_MAX_STATES:,} paths to list, got {self.num_states}^{self.length}, {8 * count * self.length:.3g} "
-                "bytes; sums over paths of a declared chain take O(length K^2), see pyrovae.models.HiddenMarkovModel and "
+                f"expected at most {_MAX_STATES:,} paths to list, got {self.num_states}^{self.length}, "
+                f"{8 * count * self.length:.3g} bytes; sums over paths of a declared chain take O(length K^2), see pyrovae.models.HiddenMarkovModel and "
                 "pyrovae.inference.Exact"
             )
         index = torch.arange(count, device=self.log_initial.device)

@@ -94,6 +94,32 @@ class Exact:
             solution=solution,
         )
 
+    def repeated(self, model: Program, *args: Any, **kwargs: Any) -> Callable[[], Posterior]:
+        """A function that infers at the same arguments and the model's present parameters: the E-steps of EM.
+
+        Where the model declares a structure, its program is run and checked now, and not again at every call.
+
+        Args:
+            model: a Pyro program.
+            *args: its arguments, which must not change between calls.
+            **kwargs: its keyword arguments.
+
+        Raises:
+            ValueError: as :meth:`infer`.
+        """
+        with torch.no_grad():
+            found = None
+            if self.declared:
+                found = find_route(model, args, kwargs, max_bytes=self.max_bytes, method="Exact")
+        if found is None:
+            return lambda: self.infer(model, *args, **kwargs)
+
+        def infer() -> Posterior:
+            with torch.no_grad():
+                return found.again().infer()
+
+        return infer
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExactPosterior(TabulatedPosterior):

@@ -8,7 +8,7 @@ answers None, they enumerate the program, which is also the oracle of every rout
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyrovae.handlers import declared
 from pyrovae.handlers.own_params import OwnedProgram
 from pyrovae.handlers.structure import Structure, read_structure
+from pyrovae.inference.chain import ChainRoute
 from pyrovae.inference.factorial import FactorialRoute
 from pyrovae.inference.linear_code import LinearCodeRoute
 from pyrovae.inference.posterior import Posterior, Program
@@ -68,6 +69,7 @@ class Route(Protocol):
 class FoundRoute:
     """A route, with the record and the task that it fits."""
 
+    name: str
     route: Route
     record: Any
     task: Task
@@ -75,6 +77,13 @@ class FoundRoute:
     def infer(self) -> Posterior:
         """The exact posterior."""
         return self.route.infer(self.record, self.task)
+
+    def again(self) -> FoundRoute:
+        """The same task at the model's present parameters: only the record is read anew."""
+        record = _record(self.task.model, self.name, self.task.args, self.task.kwargs)
+        if record is None or not self.route.fits(record, self.task):
+            raise ValueError(f"expected {type(self.task.model).__name__} to declare the same structure again, it does not")
+        return replace(self, record=record)
 
     def log_evidence(self) -> Tensor:
         """Log p(x) `[B]`, differentiable in the model's parameters."""
@@ -111,10 +120,15 @@ def find_route(
         return None
     task = Task(model, args, kwargs, structure, max_bytes, method)
     for name in names:
-        record = declared(model, name, *(() if name == "layers" else (args, kwargs)))
+        record = _record(model, name, args, kwargs)
         if record is not None and ROUTES[name].fits(record, task):
-            return FoundRoute(ROUTES[name], record, task)
+            return FoundRoute(name, ROUTES[name], record, task)
     return None
+
+
+def _record(model: Program, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a model declares; its layers alone do not depend on the data."""
+    return declared(model, name, *(() if name == "layers" else (args, kwargs)))
 
 
 def _declares(model: Program, name: str) -> bool:
@@ -135,4 +149,4 @@ def _plain(structure: Structure) -> bool:
     )
 
 
-ROUTES: dict[str, Route] = {"layers": LinearCodeRoute(), "factorial_code": FactorialRoute()}
+ROUTES: dict[str, Route] = {"layers": LinearCodeRoute(), "factorial_code": FactorialRoute(), "chain": ChainRoute()}

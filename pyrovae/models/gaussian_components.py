@@ -69,9 +69,7 @@ class GaussianComponents(Components):
         """Log p(x | k), `[..., K]`."""
         log_det = self.log_scale.expand(self.loc.shape).sum(-1)
         if self.covariance == "full":
-            eye = torch.eye(self.width, dtype=self.loc.dtype, device=self.loc.device)
-            whitening = torch.linalg.solve_triangular(self.scale_tril, eye.expand(len(self.loc), -1, -1), upper=False)
-            squares = [((x - m) @ w.T).square().sum(-1) for m, w in zip(self.loc, whitening, strict=True)]
+            squares = [((x - m) @ w.T).square().sum(-1) for m, w in zip(self.loc, self._whitening(), strict=True)]
         else:
             squares = [((x - m) / s).square().sum(-1) for m, s in zip(self.loc, self.log_scale.exp(), strict=True)]
         return -0.5 * torch.stack(squares, -1) - log_det - 0.5 * self.width * math.log(2 * math.pi)
@@ -122,6 +120,11 @@ class GaussianComponents(Components):
         shown = x if seen is None else x[seen]
         if not bool(torch.isfinite(shown).all()):
             raise ValueError("expected finite numbers for Gaussian components, got NaN or infinite ones; drop these rows")
+
+    def _whitening(self) -> Tensor:
+        """Inverses of the factors L, `[K, D, D]`."""
+        eye = torch.eye(self.width, dtype=self.loc.dtype, device=self.loc.device)
+        return torch.linalg.solve_triangular(self.scale_tril, eye.expand(len(self.loc), -1, -1), upper=False)
 
     def _scatter(self, weights: Tensor, x: Tensor, mean: Tensor) -> Tensor:
         """Σ_n w_nk (x_n − m_k)(x_n − m_k)ᵀ, `[K, D, D]`, or its diagonal `[K, D]`."""

@@ -195,8 +195,8 @@ class HiddenMarkovModel(Module):
             chain = MarkovChain(length=times, initial_logits=self.initial, transition_logits=self.transition)
             z = pyro.sample("z", chain)
             emission = self.emission.at(z)
-            if lengths is not None and x is not None:
-                emission = dist.MaskedDistribution(emission, seen)
+            if lengths is not None and seen is not None:
+                emission = _masked(emission, seen)
             return pyro.sample("x", emission.to_event(1), obs=x)
 
     def chain(self, x: Tensor | None = None, lengths: Tensor | None = None, **_: Any) -> Chain | None:
@@ -259,6 +259,13 @@ class HiddenMarkovModel(Module):
                 "sequences, and pad x to the longest"
             )
         return torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(-1)
+
+
+def _masked(emission: dist.TorchDistribution, seen: Tensor) -> dist.TorchDistribution:
+    """Emissions of which only seen times count; the mask stands inside `.to_event`."""
+    if not isinstance(emission, dist.Independent):
+        return dist.MaskedDistribution(emission, seen)
+    return dist.MaskedDistribution(emission.base_dist, seen.unsqueeze(-1)).to_event(1)
 
 
 def _expected_counts(posterior: Any, marginals: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -95,13 +95,17 @@ class ForwardBackward(ABC):
     @cached_property
     def counts(self) -> Counts:
         """Expected numbers of first states and of transitions between seen times."""
+        return self.weighted_counts(None)
+
+    def weighted_counts(self, weights: Tensor | None) -> Counts:
+        """The same with each sequence counting `weights [B]` times."""
         first = self.marginals[0]
         if self.unseen is not None:
             first = first.masked_fill(self.unseen[0].unsqueeze(-1), 0.0)
-        return Counts(first.sum(0), self._transitions())
+        return Counts(first.sum(0) if weights is None else weights @ first, self._transitions(weights))
 
     @abstractmethod
-    def _transitions(self) -> Tensor:
+    def _transitions(self, weights: Tensor | None) -> Tensor:
         """Expected numbers of transitions between seen times, `[K, K]`."""
 
     @abstractmethod
@@ -175,8 +179,8 @@ class Scaled(ForwardBackward):
         """p(z_t = k | x), `[L, B, K]`."""
         return self._marginals
 
-    def _transitions(self) -> Tensor:
-        alpha = self.alpha[:-1]
+    def _transitions(self, weights: Tensor | None) -> Tensor:
+        alpha = self.alpha[:-1] if weights is None else self.alpha[:-1] * weights.unsqueeze(-1)
         if self.unseen is not None:
             alpha = alpha.masked_fill(self.unseen[1:].unsqueeze(-1), 0.0)
         return (alpha.flatten(0, 1).T @ self.omega[1:].flatten(0, 1)) * self.transition
@@ -224,8 +228,9 @@ class Logarithmic(ForwardBackward):
         after = [torch.logsumexp(self.log_transition + omega.unsqueeze(-2), -1) for omega in self.log_omega[1:].unbind(0)]
         return torch.softmax(self.log_alpha + torch.stack([*after, torch.zeros_like(self.log_omega[0])]), -1)
 
-    def _transitions(self) -> Tensor:
-        return self._pairs(seen=True).sum(0)
+    def _transitions(self, weights: Tensor | None) -> Tensor:
+        pairs = self._pairs(seen=True)
+        return pairs.sum(0) if weights is None else (pairs * weights[:, None, None]).sum(0)
 
     def pair_sum(self, table: Tensor) -> Tensor:
         """E[Σ_t table(z_t, z_{t+1})], `[B]`."""
