@@ -21,6 +21,8 @@ class BoltzmannMachine(Undirected):
     :class:`pyrovae.distributions.undirected.Undirected`). Draws are then states of the chains. Where it is a latent site, it
     has no relaxed twin.
 
+    Gradients for J are symmetric and have a zero diagonal, so that J may be a parameter: steps of an optimizer keep its form.
+
     Args:
         J: couplings `[n, n]`, symmetric with a zero diagonal.
         b: biases `[*batch, n]`.
@@ -65,7 +67,15 @@ class BoltzmannMachine(Undirected):
     def free_energy(self, value: Tensor) -> Tensor:
         """The energy −½ xᵀJx − bᵀx, `[...]` of `[..., n]`: nothing is hidden."""
         value = value.to(self.J.dtype)
-        return -((value @ self.J) * value).sum(-1) / 2 - (value * self.b).sum(-1)
+        return -((value @ self.couplings) * value).sum(-1) / 2 - (value * self.b).sum(-1)
+
+    @property
+    def couplings(self) -> Tensor:
+        """J, in such a way that its gradient is symmetric with a zero diagonal."""
+        if not (self.J.requires_grad and torch.is_grad_enabled()):
+            return self.J
+        half = (self.J + self.J.T) / 2
+        return half - half.diagonal().diag()
 
     def given(self, x: Tensor) -> BoltzmannMachine:
         """The units after the first k given these, `x [..., k]`: a Boltzmann machine of n − k units with biases `[..., n − k]`.
@@ -73,8 +83,8 @@ class BoltzmannMachine(Undirected):
         Raises:
             ValueError: unless 0 < k < n.
         """
-        k = self._part(x.shape[-1])
-        return BoltzmannMachine(self.J[k:, k:], self.b[..., k:] + x.to(self.J.dtype) @ self.J[:k, k:], validate_args=False)
+        k, J = self._part(x.shape[-1]), self.couplings
+        return BoltzmannMachine(J[k:, k:], self.b[..., k:] + x.to(J.dtype) @ J[:k, k:], validate_args=False)
 
     def marginal(self, k: int) -> BoltzmannMarginal:
         """The first k units, the others summed out by enumeration.
@@ -108,7 +118,7 @@ class BoltzmannMachine(Undirected):
 
     def _exact_log_partition(self) -> Tensor:
         self._check_enumerable()
-        return boltzmann_log_partition(self.J, self.b)
+        return boltzmann_log_partition(self.couplings, self.b)
 
     def _exact_sample(self, sample_shape: Size) -> Tensor:
         self._check_enumerable()
@@ -167,10 +177,10 @@ class BoltzmannMarginal(Undirected):
         Raises:
             ValueError: for more than 30 hidden units.
         """
-        value, k = value.to(self.J.dtype), self.event_shape[0]
-        check_enumerable(self.J.shape[0] - k, 1, self.J.dtype, "ContrastiveDivergence, which draws the hidden units,")
-        visible = ((value @ self.J[:k, :k]) * value).sum(-1) / 2 + (value * self.b[..., :k]).sum(-1)
-        return -visible - boltzmann_log_partition(self.J[k:, k:], self.b[..., k:] + value @ self.J[:k, k:])
+        value, k, J = value.to(self.J.dtype), self.event_shape[0], self.machine.couplings
+        check_enumerable(J.shape[0] - k, 1, J.dtype, "ContrastiveDivergence, which draws the hidden units,")
+        visible = ((value @ J[:k, :k]) * value).sum(-1) / 2 + (value * self.b[..., :k]).sum(-1)
+        return -visible - boltzmann_log_partition(J[k:, k:], self.b[..., k:] + value @ J[:k, k:])
 
     def hidden_given(self, v: Tensor) -> BoltzmannMachine:
         """p(h | v), a Boltzmann machine with biases `[..., n − k]`, of `v [..., k]`."""
