@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from pyrovae.handlers.energy import check_normalized, warn_of_energies
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.exact import Exact
 from pyrovae.inference.fit import Fit, check_penalty, snapshot, squared_norm, state_of, versions
+from pyrovae.inference.log_prior import log_prior_of
 from pyrovae.inference.posterior import Posterior, Program
 from pyrovae.ops import isolated_rng
 
@@ -27,12 +29,14 @@ class InferenceMethod(Protocol):
 
 
 class EM:
-    """Maximise log p(x) − λ/2 ‖θ‖² by alternating q(z) ← posterior and θ ← argmax Q(θ) = E_q[log p(x, z)] − λ/2 ‖θ‖².
+    """Maximise log p(x) + log p(θ) by alternating q(z) ← posterior and θ ← argmax Q(θ) = E_q[log p(x, z)] + log p(θ).
 
-    With `EM(e_step=Exact())` this is EM: the penalised log likelihood never decreases, which is checked at every iteration.
+    The prior is that of `penalty`, log p(θ) = −λ/2 ‖θ‖², and, where the model declares one by a method `log_prior()`, its own
+    too; with neither this is maximum likelihood. With `EM(e_step=Exact())` this is EM: the log posterior density of θ (the
+    penalised log likelihood) never decreases, which is checked at every iteration; with a prior, log p(x) itself may.
     `EM(e_step=Gibbs(…))` is Monte-Carlo EM, monotone only on average; `EM(e_step=MeanField())` is variational EM, whose
     M-steps raise the bound and whose E-steps start anew, so that it may fall by a worse local optimum. The M-step is the
-    model's own `m_step(posterior, *args)` where it declares one and λ = 0; else L-BFGS on Q, undone if Q fell (generalised
+    model's own `m_step(posterior, *args)` where it declares one and λ = 0, its own prior within; else L-BFGS on Q, undone if Q fell (generalised
     EM). Where parameters do not vary over the data, Q needs the data only once an E-step.
 
     Cost of an iteration: one E-step, and about `m_steps` runs of the program over the joint states. `model_evaluations` is
@@ -95,11 +99,15 @@ class EM:
         history: list[dict[str, Any]] = []
         evaluations, previous = 0, None
         gradients = {name: leaf.grad for name, leaf in leaves.items()}
+        repeated = getattr(self.e_step, "repeated", None)
+        e_step: Callable[[], Posterior] = (
+            partial(self.e_step.infer, model, *args, **kwargs) if repeated is None else repeated(model, *args, **kwargs)
+        )
         try:
             for step in trange(self.num_iterations + 1, desc="EM", disable=not self.progress):
-                posterior = self.e_step.infer(model, *args, **kwargs)
+                posterior = e_step()
                 evaluations += int(posterior.diagnostics.get("model_evaluations", 0))
-                record = self._record(step, posterior, leaves)
+                record = self._record(step, posterior, leaves, model)
                 if validation is not None:
                     others = validation if isinstance(validation, tuple) else (validation,)
                     with isolated_rng():  # looking at other data does not change the training
@@ -112,7 +120,7 @@ class EM:
                     self._check_monotone(previous, record["loss"], posterior)
                     previous = record["loss"]
                 if step < self.num_iterations:
-                    evaluations += self._m_step(model, posterior, leaves, args)
+                    evaluations += self._m_step(model, posterior, leaves, args, kwargs)
         finally:
             for name, leaf in leaves.items():
                 leaf.grad = gradients[name]
@@ -127,22 +135,36 @@ class EM:
             versions=versions(),
         )
 
-    def _m_step(self, model: Program, posterior: Posterior, leaves: Mapping[str, Tensor], args: tuple[Any, ...]) -> int:
+    def _m_step(
+        self,
+        model: Program,
+        posterior: Posterior,
+        leaves: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> int:
         """Raise Q; the number of its evaluations."""
         own = getattr(model, "m_step", None)
-        if own is not None and (self.penalty == 0 or "penalty" in inspect.signature(own).parameters):
-            own(posterior, *args, **({"penalty": self.penalty} if self.penalty else {}))
-            return 0
-        return maximise(
-            posterior.q_function(model), leaves, self.penalty, self.m_steps, posterior.structure.batch_shape.numel()
-        )
+        if own is not None:
+            known = inspect.signature(own).parameters
+            if self.penalty == 0 or "penalty" in known:
+                given = {name: value for name, value in kwargs.items() if name in known}
+                own(posterior, *args, **given, **({"penalty": self.penalty} if self.penalty else {}))
+                return 0
+        q, log_prior = posterior.q_function(model), log_prior_of(model)
+        objective = q if log_prior is None else lambda: q() + log_prior()
+        return maximise(objective, leaves, self.penalty, self.m_steps, posterior.structure.batch_shape.numel())
 
-    def _record(self, step: int, posterior: Posterior, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _record(self, step: int, posterior: Posterior, leaves: Mapping[str, Tensor], model: Program) -> dict[str, Any]:
         record: dict[str, Any] = {"step": step, "loss": None, "bound": None, "stderr": None, "validation": None}
         if posterior.log_evidence is not None:
             rows = max(1, posterior.log_evidence.numel())
             stderr = torch.as_tensor(posterior.stderr).expand_as(posterior.log_evidence)
-            record["loss"] = float(-posterior.log_evidence.sum() + self.penalty / 2 * squared_norm(leaves).detach())
+            record["loss"] = float(-posterior.log_evidence.sum())
+            if self.penalty:
+                record["loss"] += float(self.penalty / 2 * squared_norm(leaves).detach())
+            if (log_prior := log_prior_of(model)) is not None:
+                record["loss"] -= float(log_prior().detach())
             record["bound"] = float(posterior.log_evidence.mean())
             record["stderr"] = float(stderr.square().sum().sqrt() / rows)
         return record
@@ -154,7 +176,7 @@ class EM:
         allowed = rows * 1e-9 if evidence.dtype == torch.float64 else abs(loss) * torch.finfo(evidence.dtype).eps * 16
         if previous is not None and not loss <= previous + allowed:
             raise RuntimeError(
-                f"expected exact EM never to lower the penalised log likelihood, got {-previous:.12g} then {-loss:.12g}; the "
+                f"expected exact EM never to lower the penalised log likelihood (with the model's prior), got {-previous:.12g} then {-loss:.12g}; the "
                 "model's m_step does not raise Q, or the program is not the same at every call"
             )
 

@@ -27,6 +27,7 @@ from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
 from pyrovae.inference.fault import check_gradients, explained, found_fault, generators
 from pyrovae.inference.fit import squared_norm, state_of
 from pyrovae.inference.log_joint import LogJoint
+from pyrovae.inference.log_prior import log_prior_of
 from pyrovae.inference.posterior import Program
 from pyrovae.inference.rows import minibatch_keys, take
 from pyrovae.inference.schedules import Average, Dial, make_optimizer, make_scheduler, names_in_store
@@ -80,6 +81,7 @@ class Optimization:
             check_changes(structure, what)
         self.frozen = set() if learn_model else {id(leaf) for leaf in self.leaves["model"].values()}
         self.penalty = method.penalty if learn_model else 0.0
+        self.log_prior = log_prior_of(model) if learn_model else None
         self.elbo = copy.deepcopy(method.elbo)
         if method.elbo_is_default:
             self.elbo.vectorize_particles = self._broadcasts()
@@ -137,6 +139,9 @@ class Optimization:
         model_leaves = self.leaves["model"]
         if self.penalty and model_leaves:
             loss += self.penalty / 2 * float(squared_norm(model_leaves).detach())
+        log_prior = None if self.log_prior is None else self.log_prior()
+        if log_prior is not None:
+            loss -= float(log_prior.detach())
         if not math.isfinite(loss):
             raise found_fault(self, batch, before, f"expected a finite loss, got {loss} at step {step}")
         missing = [leaf for leaf in self.learned if leaf.grad is None]
@@ -149,6 +154,11 @@ class Optimization:
             for leaf in {id(leaf): leaf for leaf in model_leaves.values()}.values():
                 assert leaf.grad is not None
                 leaf.grad.add_(leaf.detach(), alpha=self.penalty)
+        if log_prior is not None and log_prior.requires_grad:
+            wanted = [leaf for leaf in self.learned if leaf.requires_grad]
+            for leaf, gradient in zip(wanted, torch.autograd.grad(log_prior, wanted, allow_unused=True), strict=True):
+                if gradient is not None and leaf.grad is not None:
+                    leaf.grad.sub_(gradient)
         norm = torch.nn.utils.get_total_norm(gradients)
         if not math.isfinite(float(norm)):
             check_gradients(self.leaves, step)

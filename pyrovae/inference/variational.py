@@ -82,7 +82,8 @@ class Variational:
         clip_norm: the largest norm of all gradients together.
         num_guide_steps: steps of `infer` on the guide.
         num_samples: draws per datum of the reported bound and posterior.
-        penalty: λ, the precision of a Gaussian prior on every parameter of the model.
+        penalty: λ, the precision of a Gaussian prior on every parameter of the model. A prior that the model declares by a
+            method `log_prior()` is added to the objective of `fit` too.
         average: the decay of an exponential moving average of the parameters (0.999 is usual), which records, checkpoints and
             the end of `fit` use; None keeps none.
         preprocess: applied to the first argument at every step, to every part of the data at a record, and once by `infer`,
