@@ -8,7 +8,9 @@ from pyrovae.inference.importance import Importance
 from pyrovae.inference.mcmc import MCMC, Gibbs, GibbsKernel
 from pyrovae.inference.mean_field import MeanField
 from pyrovae.inference.posterior import Posterior
+from pyrovae.inference.saul_jaakkola_jordan import SaulJaakkolaJordan
 from pyrovae.inference.variational import Variational
+from pyrovae.inference.wake_sleep import WakeSleep
 
 __all__ = [
     "EM",
@@ -22,5 +24,7 @@ __all__ = [
     "Importance",
     "MeanField",
     "Posterior",
+    "SaulJaakkolaJordan",
     "Variational",
+    "WakeSleep",
 ]

@@ -12,17 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import copied
+from pyrovae.handlers import declared
+from pyrovae.handlers.structure import common_scale, copied, read_structure
 from pyrovae.inference.elimination import Term, add, sum_plates
 from pyrovae.inference.enumeration import Axis, Enumeration
 from pyrovae.inference.exact import ExactPosterior
+from pyrovae.inference.layered_mean_field import LayeredMeanFieldPosterior, fits, infer_layers
+from pyrovae.inference.layered_net import layered_net
+from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program, States
 from pyrovae.inference.solution import Solution
 from pyrovae.inference.tabulated import TabulatedPosterior
 
 Components = list[Tensor]  # log q of each component of an axis, [K, plates]
 
-_INSTEAD = "for mean field without a table use Variational(LocalMeanField(model, num_data), num_guide_steps=...)"
+_INSTEAD = (
+    "for mean field without a table use Variational(LocalMeanField(model, num_data), num_guide_steps=...), or "
+    "SaulJaakkolaJordan() for sigmoid belief nets"
+)
 
 
 class MeanField:
@@ -33,7 +40,8 @@ class MeanField:
     that table fits in memory, and refuses beyond.
 
     Cost: the table (joint states x rows evaluations of log p(x, z)) and, for each sweep over all components, about four
-    passes over it.
+    passes over it. A model that declares binary layers (`layers()`) needs a table of 2^units for each layer only, the same
+    for all rows: layers of 20 units and thousands of rows are quick, and the result is the same.
 
     Args:
         num_restarts: random starts; the best bound is kept for every datum. Latents outside the innermost plates begin at
@@ -41,6 +49,7 @@ class MeanField:
         max_iterations: sweeps of one start.
         tolerance: a start ends when no datum's bound rises by more than this, in nats.
         max_bytes: memory for the table.
+        declared: take the route of declared layers; False makes the table of the program, whatever it declares.
 
     References:
         An Introduction to Variational Methods for Graphical Models (Jordan et al., 1999)
@@ -48,7 +57,13 @@ class MeanField:
     """
 
     def __init__(
-        self, num_restarts: int = 4, max_iterations: int = 200, *, tolerance: float = 1e-6, max_bytes: int = 2**30
+        self,
+        num_restarts: int = 4,
+        max_iterations: int = 200,
+        *,
+        tolerance: float = 1e-6,
+        max_bytes: int = 2**30,
+        declared: bool = True,
     ) -> None:
         if num_restarts < 1 or max_iterations < 1 or tolerance < 0 or max_bytes <= 0:
             raise ValueError(
@@ -56,9 +71,9 @@ class MeanField:
                 f"{num_restarts}, {max_iterations}, {tolerance} and {max_bytes}"
             )
         self.num_restarts, self.max_iterations = num_restarts, max_iterations
-        self.tolerance, self.max_bytes = tolerance, max_bytes
+        self.tolerance, self.max_bytes, self.declared = tolerance, max_bytes, declared
 
-    def infer(self, model: Program, *args: Any, **kwargs: Any) -> MeanFieldPosterior:
+    def infer(self, model: Program, *args: Any, **kwargs: Any) -> MeanFieldPosterior | LayeredMeanFieldPosterior:
         """Fit q.
 
         Args:
@@ -71,6 +86,8 @@ class MeanField:
         """
         begin = time.perf_counter()
         with torch.no_grad():
+            if self.declared and (found := self._by_layers(model, args, kwargs)) is not None:
+                return found
             try:
                 space = Enumeration(model, copied(args), copied(kwargs), max_bytes=self.max_bytes, method="MeanField")
             except ValueError as error:
@@ -110,6 +127,24 @@ class MeanField:
             seconds=time.perf_counter() - begin,
             enumeration=space,
             components=best,
+        )
+
+    def _by_layers(self, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayeredMeanFieldPosterior | None:
+        """The answer by the tables of declared layers; None where none are declared, or the tables do not fit."""
+        if declared(model, "layers") is None:
+            return None
+        structure = read_structure(model, args, kwargs)
+        net = layered_net(model, args, kwargs, structure)
+        if net is None or not fits(net, self.max_bytes):
+            return None
+        common_scale(structure, "MeanField")
+        return infer_layers(
+            structure,
+            net.snapshot(),
+            LogJoint(model, args, kwargs, structure=structure),
+            num_restarts=self.num_restarts,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
         )
 
     def _climb(self, ascent: _Ascent) -> list[Tensor]:

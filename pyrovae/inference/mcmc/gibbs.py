@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae.handlers import declared
 from pyrovae.handlers.structure import Latent, finite_latents, one_plate_a_dim
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.enumeration import Enumeration
+from pyrovae.inference.layered_net import layered_net
 from pyrovae.inference.log_joint import LogJoint
+from pyrovae.inference.mcmc.layer_sweep import FactorialSweep, LayerSweep, faster_than_table
 from pyrovae.inference.mcmc.sweeps import ProgramSweep, TableSweep
 from pyrovae.inference.posterior import Program
 from pyrovae.ops import isolated_rng
+
+Sweep = TableSweep | LayerSweep | FactorialSweep | ProgramSweep
+_ROUTES = {TableSweep: "table", LayerSweep: "layers", FactorialSweep: "independent", ProgramSweep: "program"}
 
 
 class Gibbs:
@@ -25,16 +31,19 @@ class Gibbs:
     Asymptotically exact; for a finite run read `posterior.rhat` and `posterior.ess` (ArviZ's). It gives no evidence:
     `log_evidence` is None and `bound` "estimate". Takes any program whose latents have finitely many values, in any plates.
     Conditionals come from the program's own log joint: looked up where a table of joint states x rows fits in `max_bytes`,
-    else by evaluating the changed state alone. All chains and all rows move in parallel.
+    else by evaluating the changed state alone. A model that declares layers of sigmoid units is swept by them, where that is
+    faster than the table; one that declares bits independent given the data is drawn from at once, and its draws are
+    independent. All chains and all rows move in parallel. `diagnostics["route"]` tells which way was taken.
 
-    Cost of one sweep: nothing beyond the table (made once: joint states x rows evaluations of log p(x, z)); without it
-    components x chains x rows evaluations.
+    Cost of one sweep: nothing beyond the table (made once: joint states x rows evaluations of log p(x, z)); by declared
+    layers a few operations for each weight, chain and row; without either components x chains x rows evaluations.
 
     Args:
         num_samples: draws kept of each chain.
         num_chains: chains, each started at states drawn uniformly, more spread than the posterior.
         warmup_steps: sweeps before the first kept draw.
         max_bytes: memory for the table of the joint; 0 never makes one.
+        declared: take the route of a declared structure; False goes by the program's log joint, whatever it declares.
 
     References:
         Stochastic relaxation, Gibbs distributions, and the Bayesian restoration of images (Geman and Geman, 1984)
@@ -42,7 +51,13 @@ class Gibbs:
     """
 
     def __init__(
-        self, num_samples: int = 1000, num_chains: int = 4, warmup_steps: int = 100, *, max_bytes: int = 2**28
+        self,
+        num_samples: int = 1000,
+        num_chains: int = 4,
+        warmup_steps: int = 100,
+        *,
+        max_bytes: int = 2**28,
+        declared: bool = True,
     ) -> None:
         if num_samples < 1 or num_chains < 1 or warmup_steps < 0 or max_bytes < 0:
             raise ValueError(
@@ -50,7 +65,7 @@ class Gibbs:
                 f"{num_chains}, {warmup_steps} and {max_bytes}"
             )
         self.num_samples, self.num_chains, self.warmup_steps = num_samples, num_chains, warmup_steps
-        self.max_bytes = max_bytes
+        self.max_bytes, self.declared = max_bytes, declared
 
     def infer(self, model: Program, *args: Any, **kwargs: Any) -> DrawsPosterior:
         """Run the chains.
@@ -68,7 +83,10 @@ class Gibbs:
             log_joint = LogJoint(model, args, kwargs)
             latents = finite_latents(log_joint.structure, "Gibbs", "MCMC(NUTS(model), ...)")
             one_plate_a_dim(log_joint.structure, "Gibbs")
-            sweep, evaluations = make_sweep(log_joint, self.num_chains, self.max_bytes)
+            sweeps = self.warmup_steps + self.num_samples
+            sweep, evaluations = make_sweep(
+                log_joint, self.num_chains, self.max_bytes, by_declaration=self.declared, sweeps=sweeps
+            )
             sweep.start({latent.name: uniform_codes(latent, self.num_chains) for latent in latents})
             for _ in range(self.warmup_steps):
                 sweep.sweep()
@@ -77,7 +95,6 @@ class Gibbs:
                 sweep.sweep()
                 snapshots.append(sweep.snapshot())
             codes = _stack(snapshots, sweep)
-        sweeps = self.warmup_steps + self.num_samples
         return DrawsPosterior(
             structure=log_joint.structure,
             log_evidence=None,
@@ -86,6 +103,7 @@ class Gibbs:
                 "model_evaluations": evaluations + sweep.evaluations_per_sweep * sweeps,
                 "sweeps": self.num_chains * sweeps,
                 "tabulated": isinstance(sweep, TableSweep),
+                "route": _ROUTES[type(sweep)],
             },
             seconds=time.perf_counter() - begin,
             log_joint=log_joint,
@@ -142,8 +160,19 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def make_sweep(log_joint: LogJoint, chains: int, max_bytes: int) -> tuple[TableSweep | ProgramSweep, int]:
-    """How to sweep a program, and the model evaluations that this took: by table where there is one level and it fits.
+def make_sweep(
+    log_joint: LogJoint, chains: int, max_bytes: int, *, by_declaration: bool = True, sweeps: int | None = None
+) -> tuple[Sweep, int]:
+    """How to sweep a program, and the model evaluations that this took.
+
+    By what it declares where that is faster; by table where there is one level and it fits; else by the program.
+
+    Args:
+        log_joint: of the program.
+        chains: number of chains.
+        max_bytes: memory for the table.
+        by_declaration: whether declared structures count.
+        sweeps: how many sweeps will be made, where that is known: a table must be worth its making.
 
     Raises:
         ValueError: if the conditionals cannot be had for many states, or for the rows of a plate, at once.
@@ -151,7 +180,10 @@ def make_sweep(log_joint: LogJoint, chains: int, max_bytes: int) -> tuple[TableS
     latents = log_joint.structure.latents
     states = math.prod(latent.num_states for latent in latents)
     rows = math.prod(latents[0].batch_shape)
-    if len({latent.plate_dims for latent in latents}) == 1 and 4 * 8 * states * rows <= max_bytes:
+    tabulable = len({latent.plate_dims for latent in latents}) == 1 and 4 * 8 * states * rows <= max_bytes
+    if by_declaration and (found := _declared_sweep(log_joint, chains, sweeps if tabulable else 0)) is not None:
+        return found, 0
+    if tabulable:
         try:
             space = Enumeration(log_joint.program, log_joint.args, log_joint.kwargs, max_bytes=max_bytes, method="Gibbs")
         except ValueError:
@@ -163,12 +195,28 @@ def make_sweep(log_joint: LogJoint, chains: int, max_bytes: int) -> tuple[TableS
     return ProgramSweep(log_joint, chains), 0
 
 
+def _declared_sweep(log_joint: LogJoint, chains: int, sweeps: int | None) -> LayerSweep | FactorialSweep | None:
+    """The sweep of a declared structure; None where there is none, or a table would be faster (0 sweeps: there is none)."""
+    model, args, kwargs, structure = log_joint.program, log_joint.args, log_joint.kwargs, log_joint.structure
+    if declared(model, "layers") is not None:
+        net = layered_net(model, args, kwargs, structure)
+        if net is None or (sweeps != 0 and (sweeps is None or not faster_than_table(net, structure.latents, chains, sweeps))):
+            return None
+        return LayerSweep(net.snapshot(), structure, chains)
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    code = declared(model, "factorial_code", args, kwargs)
+    if code is None or len(structure.latents) != 1 or any(mask is not None for mask in structure.masks.values()):
+        return None
+    return FactorialSweep(code, structure, chains)
+
+
 def uniform_codes(latent: Latent, chains: int) -> Tensor:
     """Independent uniform states of a site for each chain and row, `[C, *batch_shape, components]`."""
     return torch.randint(latent.cardinality, (chains, *latent.batch_shape, latent.components), device=latent.device)
 
 
-def _stack(snapshots: list[Any], sweep: TableSweep | ProgramSweep) -> dict[str, Tensor]:
+def _stack(snapshots: list[Any], sweep: Sweep) -> dict[str, Tensor]:
     """Snapshots of all chains, chain by chain: `{site: [C D, *batch_shape, components]}`."""
     if isinstance(sweep, TableSweep):
         return sweep.decode(torch.stack(snapshots, 1).flatten(0, 1))

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pyrovae.handlers.structure import finite_latents
 from pyrovae.inference.log_joint import LogJoint
-from pyrovae.inference.mcmc.gibbs import make_sweep, uniform_codes
-from pyrovae.inference.mcmc.sweeps import ProgramSweep, TableSweep
+from pyrovae.inference.mcmc.gibbs import Sweep, make_sweep, uniform_codes
 from pyrovae.inference.posterior import Program
 
 
@@ -42,7 +41,7 @@ class GibbsKernel(MCMCKernel):
         self.max_bytes = max_bytes
         self.transforms: dict[str, Any] = {}
         self._initial: dict[str, Tensor] | None = None
-        self._sweep: TableSweep | ProgramSweep | None = None
+        self._sweep: Sweep | None = None
         self._log_joint: LogJoint | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
