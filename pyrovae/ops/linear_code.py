@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from pyrovae.ops.states import index_to_codes
 
 _SMALLEST = 1e-250  # sums below lose digits to underflow: 2^H terms of 1e-308 count 1e-50 of it
-_MAX_ROWS = 4096
+_MAX_ROWS = 512
 
 
 def linear_code_logsumexp(drive: Tensor, table: Tensor, *, max_bytes: int = 2**28) -> Tensor:
@@ -200,6 +200,8 @@ class LinearCodes:
         for k, (tilt, _) in enumerate(self._groups):
             matrix = self._matrix(tilt)[0]
             for wanted in (group[asked] == k).nonzero()[:, 0].split(size):
+                if not len(wanted):
+                    continue
                 e_a, e_b, _ = self._exponentials(asked[wanted], tilt)
                 yield matrix, wanted, e_a, e_b
 
@@ -214,10 +216,8 @@ class LinearCodes:
         """e_A `[R, 2^a]` and e_B `[R, 2^b]`, the largest of each row 1, and what was taken off `[R]`."""
         excess = self.drive[rows] - tilt
         shift = excess.clamp(min=0)
-        shift_a, shift_b = shift[:, : self.split].sum(1), shift[:, self.split :].sum(1)
-        e_a = (excess[:, : self.split] @ self.bits_a.T).sub_(shift_a[:, None]).exp_()
-        e_b = (excess[:, self.split :] @ self.bits_b.T).sub_(shift_b[:, None]).exp_()
-        return e_a, e_b, shift_a + shift_b
+        factors = torch.stack([-shift, excess - shift], 2).exp_()  # [R, H, 2]: each bit off, each bit on
+        return _products(factors[:, : self.split]), _products(factors[:, self.split :]), shift.sum(1)
 
     def _chunk(self) -> int:
         """Rows at a time: e_A, e_B and two products of their size fit."""
@@ -290,6 +290,15 @@ class _Average(torch.autograd.Function):
 
 def _bits(components: int, like: Tensor) -> Tensor:
     return index_to_codes(torch.arange(2**components, device=like.device), 2, components).to(like)
+
+
+def _products(factors: Tensor) -> Tensor:
+    """Π_j factors[:, j, h_j] of all codes h: `[R, 2^n]` from `[R, n, 2]`."""
+    bits = factors.shape[1]
+    if bits < 2:
+        return factors[:, 0] if bits else factors.new_ones(len(factors), 1)
+    slow, fast = _products(factors[:, : bits // 2]), _products(factors[:, bits // 2 :])
+    return (slow[:, :, None] * fast[:, None, :]).flatten(1)
 
 
 def _draw(weights: Tensor, n: int) -> Tensor:
