@@ -153,7 +153,7 @@ def test_bad_parameters():
         BoltzmannMachine(J + 0.5 * torch.eye(5), b)
     with pytest.raises(ValueError, match="expected finite J for BoltzmannMachine, got 20 infinite or NaN of 25"):
         BoltzmannMachine((J / 0).fill_diagonal_(0.0), b)
-    with pytest.raises(ValueError, match="expected biases .* with chains"):
+    with pytest.raises(ValueError, match=r"expected biases .* with chains"):
         BoltzmannMachine(J, b.expand(2, 5), chains=PersistentChains())
     with pytest.raises(ValueError, match=r"expected values in \{0, 1\} for BoltzmannMarginal, got values from 0.3 to 1"):
         BoltzmannMachine(J, b).marginal(2).log_prob(torch.tensor([0.3, 1.0]))
@@ -172,7 +172,7 @@ def test_45_units_are_refused():
             call()
     given = BoltzmannMachine(torch.zeros(45, 45), torch.zeros(45), log_partition=45 * 0.6931471805599453)
     assert float(given.log_prob(x).exp()) == pytest.approx(2.0**-45)
-    with pytest.raises(ValueError, match="seconds.*bytes.*use ContrastiveDivergence"):
+    with pytest.raises(ValueError, match=r"seconds.*bytes.*use ContrastiveDivergence"):
         given.marginal(3).log_prob(x[:3])
 
 

@@ -10,7 +10,7 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.energy import warn_of_energies
+from pyrovae.handlers.energy import check_normalized, warn_of_energies
 from pyrovae.handlers.own_params import announce
 from pyrovae.handlers.structure import Structure, read_structure
 from pyrovae.inference.enumeration import Enumeration
@@ -56,6 +56,7 @@ class ExactLikelihood(pyro.infer.ELBO):
             return -found.log_evidence().sum() * _rows_for_each(found.task.structure)
         with torch.no_grad():
             structure = read_structure(model, args, kwargs)
+        check_normalized(structure, "ExactLikelihood")
         if torch.is_grad_enabled() and not self._warned:
             warn_of_energies(model, args, kwargs, structure)
             self._warned = True
