@@ -13,6 +13,7 @@ from torch.distributions.utils import lazy_property
 from pyrovae.ops.states import index_to_codes
 
 _MAX_STATES = 2**20  # of paths that `enumerate_support` lists
+_MAX_TABLE = 2**22  # of numbers that sampling holds at once to save time
 
 
 class MarkovChain(TorchDistribution):
@@ -155,13 +156,18 @@ class MarkovChain(TorchDistribution):
         """Independent paths, `[*sample, *batch, L]`, by the inverse of the cumulative probabilities at each time."""
         shape = Size(sample_shape) + self.batch_shape
         first, following = _cumulative(self.log_initial), _cumulative(self.log_transition)
-        u = torch.rand((self.length, *shape), dtype=first.dtype, device=first.device).unsqueeze(-1)
-        shared = following.dim() == 2
-        z = [(first <= u[0]).sum(-1)]
-        for t in range(1, self.length):
-            before = z[-1]
-            row = following[before] if shared else _rows(following, before)
-            z.append((row <= u[t]).sum(-1))
+        u = torch.rand((self.length, *shape), dtype=first.dtype, device=first.device)
+        z = [(first <= u[0].unsqueeze(-1)).sum(-1)]
+        if following.dim() == 2 and u.numel() * self.num_states <= _MAX_TABLE:
+            # What follows each state at each time, looked up at once: the walk is one gather a step.
+            after = torch.searchsorted(following, u[1:].reshape(1, -1).expand(self.num_states, -1).contiguous(), right=True)
+            after = after.reshape((self.num_states, self.length - 1, *shape)).movedim(0, -1)
+            for table in after.unbind(0):
+                z.append(table.gather(-1, z[-1].unsqueeze(-1)).squeeze(-1))
+            return torch.stack(z, -1)
+        for now in u[1:].unbind(0):
+            row = following[z[-1]] if following.dim() == 2 else _rows(following, z[-1])
+            z.append((row <= now.unsqueeze(-1)).sum(-1))
         return torch.stack(z, -1)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002  torch's signature

@@ -129,9 +129,9 @@ class ChainPosterior(Posterior):
             ValueError: if the model does not declare a chain of the same shape.
         """
         record = self._record(model)
-        return self._expected(
-            record.log_initial.double(), record.log_transition.double(), record.log_likelihood.double()
-        ).to(self._dtype)
+        return self._expected(record.log_initial.double(), record.log_transition.double(), record.log_likelihood.double()).to(
+            self._dtype
+        )
 
     def q_function(self, model: Program) -> Callable[[], Tensor]:
         """Σ_B E_q[log p(x, z)] over what was seen, from the expected counts; each call evaluates the emissions once."""

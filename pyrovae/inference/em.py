@@ -103,6 +103,7 @@ class EM:
         e_step: Callable[[], Posterior] = (
             partial(self.e_step.infer, model, *args, **kwargs) if repeated is None else repeated(model, *args, **kwargs)
         )
+        own_step = self._own_m_step(model, args, kwargs)
         try:
             for step in trange(self.num_iterations + 1, desc="EM", disable=not self.progress):
                 posterior = e_step()
@@ -120,7 +121,7 @@ class EM:
                     self._check_monotone(previous, record["loss"], posterior)
                     previous = record["loss"]
                 if step < self.num_iterations:
-                    evaluations += self._m_step(model, posterior, leaves, args, kwargs)
+                    evaluations += self._m_step(model, posterior, leaves, own_step)
         finally:
             for name, leaf in leaves.items():
                 leaf.grad = gradients[name]
@@ -135,22 +136,32 @@ class EM:
             versions=versions(),
         )
 
+    def _own_m_step(
+        self, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Posterior], object] | None:
+        """The model's own M-step at these arguments; None where it has none for this penalty."""
+        own = getattr(model, "m_step", None)
+        if own is None:
+            return None
+        known = inspect.signature(own).parameters
+        if self.penalty and "penalty" not in known:
+            return None
+        given = {name: value for name, value in kwargs.items() if name in known}
+        if self.penalty:
+            given["penalty"] = self.penalty
+        return lambda posterior: own(posterior, *args, **given)
+
     def _m_step(
         self,
         model: Program,
         posterior: Posterior,
         leaves: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        own: Callable[[Posterior], object] | None,
     ) -> int:
         """Raise Q; the number of its evaluations."""
-        own = getattr(model, "m_step", None)
         if own is not None:
-            known = inspect.signature(own).parameters
-            if self.penalty == 0 or "penalty" in known:
-                given = {name: value for name, value in kwargs.items() if name in known}
-                own(posterior, *args, **given, **({"penalty": self.penalty} if self.penalty else {}))
-                return 0
+            own(posterior)
+            return 0
         q, log_prior = posterior.q_function(model), log_prior_of(model)
         objective = q if log_prior is None else lambda: q() + log_prior()
         return maximise(objective, leaves, self.penalty, self.m_steps, posterior.structure.batch_shape.numel())

@@ -207,7 +207,8 @@ class HiddenMarkovModel(Module):
             seen = self._seen(x, lengths)
             x = torch.where(seen if self.emission.event_dim == 0 else seen.unsqueeze(-1), x, x[:1, :1])
         log_initial, log_transition = torch.log_softmax(self.initial, -1), torch.log_softmax(self.transition, -1)
-        return Chain("z", log_initial, log_transition, self.emission.log_likelihood(x), lengths)
+        log_likelihood = self.emission.log_likelihood(x.transpose(0, 1)).transpose(0, 1)  # times first in memory
+        return Chain("z", log_initial, log_transition, log_likelihood, lengths)
 
     @torch.no_grad()
     def sample(self, n: int, *, length: int | None = None) -> Tensor:
@@ -225,7 +226,7 @@ class HiddenMarkovModel(Module):
             x: data, as in the program.
             lengths: likewise.
         """
-        weights = posterior.marginals["z"].double()
+        weights = posterior.marginals["z"].double()  # [B, L, K]
         seen = None if lengths is None else self._seen(x, lengths)
         counts = getattr(posterior, "expected_counts", None)
         if counts is None:
@@ -234,7 +235,7 @@ class HiddenMarkovModel(Module):
         self.initial.copy_(log_proportions(initial, self.concentration, self.initial))
         self.transition.copy_(log_proportions(transition, self.concentration, self.transition))
         if seen is None:
-            self.emission.m_step(weights.flatten(0, 1), x.flatten(0, 1))
+            self.emission.m_step(weights.transpose(0, 1).flatten(0, 1), x.transpose(0, 1).flatten(0, 1))
         else:
             self.emission.m_step(weights[seen], x[seen])
 

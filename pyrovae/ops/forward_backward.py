@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 1e-120  # a message that shrinks below this between two rescalings is computed anew in logarithms
-_EVERY = 8  # steps between rescalings
+_EVERY = 8  # steps between rescalings, or more where likelihoods differ little
 _CHUNKED = 40_000  # rows x K^3 below which the products of K x K matrices cost less than the steps that they save
 
 
@@ -158,13 +158,11 @@ class Scaled(ForwardBackward):
 
     def __init__(self, log_initial: Tensor, log_transition: Tensor, log_likelihood: Tensor, unseen: Tensor | None) -> None:
         super().__init__(log_initial, log_transition, log_likelihood, unseen)
-        emission = log_likelihood.transpose(0, 1).to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-        largest = emission.amax(-1, keepdim=True).clamp_(min=torch.finfo(emission.dtype).min)  # [L, B, 1]
-        emission.sub_(largest).exp_()
-        alpha, log_scale = _walk(log_initial.exp(), self.transition, emission)
-        self.log_evidence = log_scale + largest.sum((0, -1))
+        emission, shift, every = _likelihoods(self.log_likelihood)
+        alpha, log_scale = _walk(log_initial.exp(), self.transition, emission, every)
+        self.log_evidence = log_scale + shift
         into = self.transition.T.contiguous()
-        self.omega, _ = _walk(torch.ones_like(log_initial), into, emission, reverse=True)
+        self.omega, _ = _walk(torch.ones_like(log_initial), into, emission, every, reverse=True)
         # From here on the likelihoods' memory holds A ω, then the marginals; α is rescaled so that α · A ω = 1.
         joint = emission
         torch.mm(self.omega[1:].flatten(0, 1), into, out=joint[:-1].flatten(0, 1))
@@ -256,16 +254,30 @@ class Logarithmic(ForwardBackward):
         return total
 
 
-def _walk(start: Tensor, matrix: Tensor, emission: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+def _likelihoods(log_likelihood: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Likelihoods up to factors, `[L, B, K]`; the log of the factors, `[B]` or 0-d; steps between rescalings.
+
+    Where they differ little, one factor serves all, and α shrinks at most by e^−range a step.
+    """
+    low, high = log_likelihood.aminmax()
+    spread = float(high - low)
+    if spread <= -math.log(_SMALLEST) / _EVERY:
+        every = min(4 * _EVERY, int(-math.log(_SMALLEST) / max(spread, 1e-3)))
+        return (log_likelihood - high).exp_().contiguous(), high * len(log_likelihood), every
+    largest = log_likelihood.amax(-1, keepdim=True).clamp_(min=torch.finfo(log_likelihood.dtype).min)  # [L, B, 1]
+    return (log_likelihood - largest).exp_().contiguous(), largest.sum((0, -1)), _EVERY
+
+
+def _walk(start: Tensor, matrix: Tensor, emission: Tensor, every: int, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
     """Messages m_t = e_t ∘ (m_{t−1} M) from m_1 = e_1 ∘ start, each up to a factor, and log Σ m_L, `[B]`."""
     length, rows, states = emission.shape
     if length >= 256 and rows * states**3 < _CHUNKED:
-        messages, log_total = _walk_pieces(start, matrix, emission.flip(0) if reverse else emission)
+        messages, log_total = _walk_pieces(start, matrix, emission.flip(0) if reverse else emission, every)
         return messages.flip(0) if reverse else messages, log_total
-    return _walk_steps(start, matrix, emission, reverse=reverse)
+    return _walk_steps(start, matrix, emission, every, reverse=reverse)
 
 
-def _walk_steps(start: Tensor, matrix: Tensor, emission: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
+def _walk_steps(start: Tensor, matrix: Tensor, emission: Tensor, every: int, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
     """One time after another; `start` is `[K]` or `[B, K]`."""
     messages = torch.empty_like(emission)
     times = list(zip(messages.unbind(0), emission.unbind(0), strict=True))
@@ -277,7 +289,7 @@ def _walk_steps(start: Tensor, matrix: Tensor, emission: Tensor, *, reverse: boo
     for t, (message, seen) in enumerate(times[1:], 1):
         torch.mm(before, matrix, out=message).mul_(seen)
         before = message
-        if t % _EVERY == 0:
+        if t % every == 0:
             scales.append(message.sum(-1, keepdim=True))
             message.div_(scales[-1])
     scales.append(before.sum(-1, keepdim=True))
@@ -287,7 +299,7 @@ def _walk_steps(start: Tensor, matrix: Tensor, emission: Tensor, *, reverse: boo
     return messages, scale.log_().sum((0, -1))
 
 
-def _walk_pieces(start: Tensor, matrix: Tensor, emission: Tensor) -> tuple[Tensor, Tensor]:
+def _walk_pieces(start: Tensor, matrix: Tensor, emission: Tensor, every: int) -> tuple[Tensor, Tensor]:
     """About √L pieces side by side: their products of matrices, then the messages at their starts, then all others."""
     length, rows, states = emission.shape
     steps = math.isqrt(length - 1) + 1
@@ -296,7 +308,7 @@ def _walk_pieces(start: Tensor, matrix: Tensor, emission: Tensor) -> tuple[Tenso
     e = torch.cat((emission, padding)).reshape(pieces, steps, rows, states).transpose(0, 1)  # [T, C, B, K]
     firsts = torch.cat((torch.eye(states, dtype=e.dtype, device=e.device).unsqueeze(0), matrix.expand(pieces - 1, -1, -1)))
     wide = e.unsqueeze(3).expand(-1, -1, -1, states, -1)
-    product, scale = _product(firsts.unsqueeze(1).expand(-1, rows, -1, -1), matrix, wide)  # [C, B, K, K], [C, B, K]
+    product, scale = _product(firsts.unsqueeze(1).expand(-1, rows, -1, -1), matrix, wide, every)  # [C, B, K, K], [C, B, K]
     entry, log_entry = [start.expand(rows, -1)], [emission.new_zeros(rows)]
     for p, s in zip(product[:-1].unbind(0), scale[:-1].unbind(0), strict=True):
         log_weight = entry[-1].log() + s
@@ -306,19 +318,19 @@ def _walk_pieces(start: Tensor, matrix: Tensor, emission: Tensor) -> tuple[Tenso
         entry.append(after / total)
         log_entry.append(log_entry[-1] + (shift + total.log()).squeeze(-1))
     starts = torch.cat((entry[0].unsqueeze(0), torch.stack(entry[1:]) @ matrix)) if pieces > 1 else entry[0].unsqueeze(0)
-    messages, log_total = _walk_steps(starts.flatten(0, 1), matrix, e.flatten(1, 2))
+    messages, log_total = _walk_steps(starts.flatten(0, 1), matrix, e.flatten(1, 2), every)
     messages = messages.reshape(steps, pieces, rows, states).transpose(0, 1).flatten(0, 1)[:length]
     return messages, log_entry[-1] + log_total.reshape(pieces, rows)[-1]
 
 
-def _product(first: Tensor, matrix: Tensor, emission: Tensor) -> tuple[Tensor, Tensor]:
+def _product(first: Tensor, matrix: Tensor, emission: Tensor, every: int) -> tuple[Tensor, Tensor]:
     """Rows of products of the pieces' matrices, each up to a factor, and its log."""
     message = (first * emission[0]).flatten(0, -2)
     log_scale = message.new_zeros((len(message), 1))
     shape = emission.shape[1:]
     for t in range(1, len(emission)):
         message = (message @ matrix).reshape(shape).mul_(emission[t]).flatten(0, -2)
-        if t % _EVERY == 0 or t == len(emission) - 1:
+        if t % every == 0 or t == len(emission) - 1:
             scale = message.sum(-1, keepdim=True)
             message.div_(scale.clamp_min(torch.finfo(scale.dtype).tiny))
             log_scale += scale.log()  # −inf for a row that is impossible
