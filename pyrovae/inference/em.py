@@ -36,8 +36,9 @@ class EM:
     penalised log likelihood) never decreases, which is checked at every iteration; with a prior, log p(x) itself may.
     `EM(e_step=Gibbs(…))` is Monte-Carlo EM, monotone only on average; `EM(e_step=MeanField())` is variational EM, whose
     M-steps raise the bound and whose E-steps start anew, so that it may fall by a worse local optimum. The M-step is the
-    model's own `m_step(posterior, *args)` where it declares one and λ = 0, its own prior within; else L-BFGS on Q, undone if Q fell (generalised
-    EM). Where parameters do not vary over the data, Q needs the data only once an E-step.
+    model's own `m_step(posterior, *args)` where it declares one and λ = 0, its own prior within; else that of the posterior,
+    Newton steps for a belief net; else L-BFGS on Q, undone if Q fell (generalised EM). Where parameters do not vary over the
+    data, Q needs the data only once an E-step.
 
     Cost of an iteration: one E-step, and about `m_steps` runs of the program over the joint states. `model_evaluations` is
     that of the E-steps, those on validation data too, and one for each evaluation of Q, however many states it sums over.
@@ -45,7 +46,7 @@ class EM:
     Args:
         e_step: any inference method; default `Exact()`.
         num_iterations: M-steps; one more E-step tells the bound of the last parameters.
-        m_steps: L-BFGS iterations of one M-step.
+        m_steps: L-BFGS (or Newton) iterations of one M-step, at most.
         penalty: λ, the precision of a Gaussian prior on every parameter of the model.
         progress: show a progress bar.
 
@@ -162,7 +163,13 @@ class EM:
         if own is not None:
             own(posterior)
             return 0
-        q, log_prior = posterior.q_function(model), log_prior_of(model)
+        log_prior = log_prior_of(model)
+        structured = getattr(posterior, "m_step", None)
+        if structured is not None and log_prior is None:
+            calls = structured(model, leaves, penalty=self.penalty, max_steps=self.m_steps)
+            if calls is not None:
+                return int(calls)
+        q = posterior.q_function(model)
         objective = q if log_prior is None else lambda: q() + log_prior()
         return maximise(objective, leaves, self.penalty, self.m_steps, posterior.structure.batch_shape.numel())
 
@@ -187,7 +194,8 @@ class EM:
         allowed = rows * 1e-9 if evidence.dtype == torch.float64 else abs(loss) * torch.finfo(evidence.dtype).eps * 16
         if previous is not None and not loss <= previous + allowed:
             raise RuntimeError(
-                f"expected exact EM never to lower the penalised log likelihood (with the model's prior), got {-previous:.12g} then {-loss:.12g}; the "
+                f"expected exact EM never to lower the penalised log likelihood (with the model's prior), got "
+                f"{-previous:.12g} then {-loss:.12g}; the "
                 "model's m_step does not raise Q, or the program is not the same at every call"
             )
 

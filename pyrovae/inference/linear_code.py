@@ -23,6 +23,7 @@ from pyrovae.handlers import declared
 from pyrovae.handlers.structure import copied, frozen_leaves
 from pyrovae.inference.expectations import sites_read, weighted_average
 from pyrovae.inference.posterior import Posterior, Program, States
+from pyrovae.ops.code_regression import fit_code_regression
 from pyrovae.ops.linear_code import LinearCodes, linear_code_logsumexp, linear_code_max
 from pyrovae.ops.partition import softplus_sums
 from pyrovae.ops.states import codes_to_index, index_to_codes
@@ -251,6 +252,49 @@ class LinearCodePosterior(Posterior):
             return value.to(other.top_bias.dtype)
 
         return total
+
+    def m_step(self, model: Program, leaves: Mapping[str, Tensor], *, penalty: float, max_steps: int) -> int | None:
+        """Raise Q − λ/2 ‖θ‖² of a net of this shape, in place, without the data: a Newton step for every unit at once.
+
+        Independent top units take their closed form (with a penalty, Newton steps), an RBM on top L-BFGS steps.
+
+        Args:
+            model: the net to learn.
+            leaves: its parameters; all must be those of the declared layers.
+            penalty: λ.
+            max_steps: steps of a layer.
+
+        Returns:
+            Evaluations of Q; None, and nothing done, where the parameters are not simply those of the declared layers.
+        """
+        other = self._like(model)
+        if other is None or {id(leaf) for leaf in leaves.values()} != {id(tensor) for _, tensor in _named(other)}:
+            return None
+        if not all(leaf.is_leaf and leaf.requires_grad for leaf in leaves.values()):
+            return None
+        calls = 0
+        with torch.no_grad():
+            for level, s in enumerate(self.statistics):
+                weight, bias = other.weights[level], other.biases[level]
+                fitted = fit_code_regression(weight, bias, s.cross, s.below, s.counts, penalty=penalty, max_steps=max_steps)
+                weight.copy_(fitted[0])
+                bias.copy_(fitted[1])
+                calls += fitted[2]
+            counts = self.statistics[-1].counts
+            on = counts @ self._bits(len(self.codes) - 1)
+            if other.top_weight is None and penalty == 0:
+                edge = torch.finfo(other.top_bias.dtype).eps
+                other.top_bias.copy_((on / counts.sum()).clamp(edge, 1 - edge).logit())
+                return calls + 1
+            if other.top_weight is None:
+                none, total = other.top_bias.new_zeros(0, len(on)), counts.sum().reshape(1)
+                fitted = fit_code_regression(none, other.top_bias, none, on, total, penalty=penalty, max_steps=max_steps)
+                other.top_bias.copy_(fitted[1])
+                return calls + fitted[2]
+        from pyrovae.inference.em import maximise
+
+        top = {name: tensor for name, tensor in _named(other) if name.startswith("top_")}
+        return calls + maximise(lambda: counts @ _top_table(other), top, penalty, max_steps, len(self.base))
 
     @cached_property
     def statistics(self) -> tuple[LayerStatistics, ...]:
