@@ -129,7 +129,7 @@ class RestrictedBoltzmannMachine(Module):
         if x is None:
             return None
         rbm = RBM(self.weight, self.visible_bias, self.hidden_bias)
-        return FactorialCode("h1", self.hidden_bias + x @ self.weight, rbm.log_prob(x))
+        return FactorialCode("h1", self.hidden_bias + x.to(self.weight.dtype) @ self.weight, rbm.log_prob(x))
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
