@@ -122,11 +122,18 @@ class ProgramSweep:
     Args:
         log_joint: of the program.
         chains: number of chains C.
+
+    Attributes:
+        powers: exponents of sites' probabilities in the conditionals, 1 where none is given.
+        fixed: values `[C, *batch_shape, *event]` of the latents that are not finite, which a sweep conditions on.
+        current: log probabilities of every site at the present state, without those exponents.
     """
 
     def __init__(self, log_joint: LogJoint, chains: int) -> None:
         self.log_joint, self.chains = log_joint, chains
-        self.latents = log_joint.structure.latents
+        self.latents = tuple(latent for latent in log_joint.structure.latents if latent.finite)
+        self.powers: dict[str, float] = {}
+        self.fixed: dict[str, Tensor] = {}
         self.codes: Codes = {}
         self.current: dict[str, Term] = {}
 
@@ -137,10 +144,10 @@ class ProgramSweep:
         for term in self.current.values():
             _check_numbers(term.table)
 
-    def sweep(self) -> None:
-        """Draw every component of every row and chain once from its conditional."""
-        for latent in self.latents:
-            for j in range(latent.components):
+    def sweep(self, *, backwards: bool = False) -> None:
+        """Draw every component of every row and chain once from its conditional; `backwards` reverses the order."""
+        for latent in reversed(self.latents) if backwards else self.latents:
+            for j in reversed(range(latent.components)) if backwards else range(latent.components):
                 self._update(latent, j)
 
     def snapshot(self) -> Codes:
@@ -191,7 +198,7 @@ class ProgramSweep:
                 continue  # outside the site's plates: it cannot depend on one row's value
             table = proposed[name].table
             table = table.reshape((others, -1, *table.shape[1:])) if table.shape[0] > 1 else table.unsqueeze(0)
-            change = table - term.table
+            change = (table - term.table) * self.powers.get(name, 1.0)
             for dim in term.plate_dims - latent.plate_dims:
                 change = change.sum(dim, keepdim=True) if change.shape[dim] > 1 else change * sizes[dim]
             total = total + change
@@ -210,7 +217,10 @@ class ProgramSweep:
 
     def _terms(self, codes: Codes) -> dict[str, Term]:
         """Log probabilities by site; −inf as a number so small that differences of impossible states stay numbers."""
-        terms = self.log_joint.terms({latent.name: latent.decode(codes[latent.name]) for latent in self.latents})
+        states = {latent.name: latent.decode(codes[latent.name]) for latent in self.latents}
+        repeats = len(next(iter(states.values()))) // self.chains
+        states |= {name: value.repeat((repeats,) + (1,) * (value.dim() - 1)) for name, value in self.fixed.items()}
+        terms = self.log_joint.terms(states)
         return {
             name: Term(term.table.clamp_min(-1e300 if term.table.dtype == torch.float64 else -1e30), term.plate_dims, 0)
             for name, term in terms.items()
