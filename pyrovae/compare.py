@@ -253,7 +253,9 @@ def _learn(
 def _learning_table(learned: Mapping[str, list[_Learned]], rows_in_unit: int, alike: str) -> pd.DataFrame:
     import pandas as pd
 
-    baseline = next((name for name, runs in learned.items() if runs[0].fit.bound == "exact"), None)
+    baseline = next(
+        (name for name, runs in learned.items() if runs[0].fit.bound == "exact" and runs[0].fit.exact_learning), None
+    )
     over_seeds = partial(_over_seeds, alike=bool(alike))
     rows = []
     for name, runs in learned.items():

@@ -1,5 +1,6 @@
 """Inference methods: each takes any Pyro program and returns an account of how far it can be trusted."""
 
+from pyrovae.inference.contrastive import ContrastiveDivergence
 from pyrovae.inference.elbo import ExactLikelihood
 from pyrovae.inference.em import EM
 from pyrovae.inference.exact import Exact, ExactPosterior
@@ -9,12 +10,14 @@ from pyrovae.inference.mcmc import MCMC, Gibbs, GibbsKernel
 from pyrovae.inference.mean_field import MeanField
 from pyrovae.inference.posterior import Posterior
 from pyrovae.inference.saul_jaakkola_jordan import SaulJaakkolaJordan
+from pyrovae.inference.tempering import ParallelTempering, TemperedDraws
 from pyrovae.inference.variational import Variational
 from pyrovae.inference.wake_sleep import WakeSleep
 
 __all__ = [
     "EM",
     "MCMC",
+    "ContrastiveDivergence",
     "Exact",
     "ExactLikelihood",
     "ExactPosterior",
@@ -23,8 +26,10 @@ __all__ = [
     "GibbsKernel",
     "Importance",
     "MeanField",
+    "ParallelTempering",
     "Posterior",
     "SaulJaakkolaJordan",
+    "TemperedDraws",
     "Variational",
     "WakeSleep",
 ]

@@ -39,6 +39,7 @@ class Fit:
         versions: of Python and the packages that matter.
         best_step: the step of the record with the best bound, that of the validation data where there are any; None where
             the method keeps none.
+        exact_learning: False where the records' `bound` may be exact but the steps followed an estimate of its gradient.
         stopped: why the run ended: "num_steps", or "patience", after which `states` are those of `best_step`.
     """
 
@@ -52,6 +53,7 @@ class Fit:
     versions: Mapping[str, str] = field(repr=False)
     best_step: int | None = None
     stopped: str = "num_steps"
+    exact_learning: bool = True
 
 
 def versions() -> dict[str, str]:

@@ -105,6 +105,7 @@ def boltzmann_sweep(
     num_sweeps: int = 1,
     blocks: tuple[Tensor, ...] | None = None,
     inverse_temperature: Tensor | None = None,
+    base_bias: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
     """Draw every unit of C chains of p(x) ∝ exp(½ xᵀJx + bᵀx) given the others, once a sweep, in place.
@@ -120,7 +121,8 @@ def boltzmann_sweep(
         bias: b `[n]`, or `[C, n]` with one for each chain (what clamped units add).
         num_sweeps: how many.
         blocks: what :func:`colour_blocks` returns, for calls with the same zeros in J; None finds them.
-        inverse_temperature: β of each chain, `[C, 1]`, which multiplies the exponent; None is 1.
+        inverse_temperature: β of each chain, `[C, 1]`, of p_β(x) ∝ exp(β (½ xᵀJx + bᵀx) + (1 − β) b₀ᵀx); None is 1.
+        base_bias: b₀ `[n]` of the distribution at β = 0; None is 0, the uniform distribution.
         generator: of the uniform numbers.
     """
     if not x.shape[1]:
@@ -133,12 +135,17 @@ def boltzmann_sweep(
     offsets = biases.split(sizes)  # [block, C or 1]
     scale = None if inverse_temperature is None else inverse_temperature.reshape(1, -1)
     state = x.t()[order].contiguous()  # [n, C]: a block is a run of rows
+    rests: tuple[Tensor | None, ...] = (None,) * len(blocks)
+    if scale is not None and base_bias is not None:
+        rests = (base_bias[order].unsqueeze(-1) * (1 - scale)).split(sizes)  # [block, C]
     parts = state.split(sizes)
     for _ in range(num_sweeps):
-        for part, row, offset in zip(parts, rows, offsets, strict=True):
+        for part, row, offset, rest in zip(parts, rows, offsets, rests, strict=True):
             field = torch.addmm(offset, row, state)
             if scale is not None:
                 field.mul_(scale)
+            if rest is not None:
+                field.add_(rest)
             part.uniform_(generator=generator).lt_(field.sigmoid_())
     x[:, order] = state.t()
 

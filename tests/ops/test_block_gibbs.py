@@ -114,12 +114,12 @@ def machine(n, *, zeros=()):
     return j + j.T, torch.randn(n)
 
 
-def boltzmann_operator(j, b, blocks, beta=1.0):
+def boltzmann_operator(j, b, blocks, beta=1.0, base=0.0):
     """One sweep `[2^n, 2^n]`, block by block, from conditionals that are enumerated."""
     states = codes(len(b))
     operator = torch.eye(len(states))
     for block in blocks:
-        p = torch.sigmoid(beta * (b + states @ j))  # [2^n, n]
+        p = torch.sigmoid(beta * (b + states @ j) + (1 - beta) * base)  # [2^n, n]
         same = torch.ones(len(states), len(states), dtype=torch.bool)
         step = torch.ones(len(states), len(states))
         for unit in range(len(b)):
@@ -145,6 +145,16 @@ def test_one_sweep_of_a_boltzmann_machine_is_its_transition_operator(zeros, beta
     boltzmann_sweep(x, j, b, inverse_temperature=scale)
     assert frequencies_agree(counts(x), N, operator[6])
     assert not frequencies_agree(counts(x), N, boltzmann_operator(j, b + 0.2, blocks, beta or 1.0)[6])
+
+
+def test_a_boltzmann_machine_between_its_base_and_itself():
+    j, b = machine(3)
+    base, betas = torch.randn(3), torch.tensor([0.0, 0.3])
+    x = torch.ones(2 * N, 3)
+    boltzmann_sweep(x, j, b, inverse_temperature=betas.repeat_interleave(N)[:, None], base_bias=base)
+    for part, beta in zip(x.split(N), betas.tolist(), strict=True):
+        assert frequencies_agree(counts(part), N, boltzmann_operator(j, b, colour_blocks(j), beta, base)[7])
+        assert not frequencies_agree(counts(part), N, boltzmann_operator(j, b, colour_blocks(j), beta)[7])
 
 
 def test_biases_of_each_chain():
