@@ -180,8 +180,8 @@ class MarkovChain(TorchDistribution):
         if count > _MAX_STATES:
             raise ValueError(
                 f"expected at most {_MAX_STATES:,} paths to list, got {self.num_states}^{self.length}, "
-                f"{8 * count * self.length:.3g} bytes; sums over paths of a declared chain take O(length K^2), see pyrovae.models.HiddenMarkovModel and "
-                "pyrovae.inference.Exact"
+                f"{8 * count * self.length:.3g} bytes; sums over paths of a declared chain "
+                "take O(length K^2), see pyrovae.models.HiddenMarkovModel and pyrovae.inference.Exact"
             )
         index = torch.arange(count, device=self.log_initial.device)
         paths = index_to_codes(index, self.num_states, self.length)

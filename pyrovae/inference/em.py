@@ -191,12 +191,14 @@ class EM:
         evidence = posterior.log_evidence
         assert evidence is not None
         rows = max(1, evidence.numel())
-        allowed = rows * 1e-9 if evidence.dtype == torch.float64 else abs(loss) * torch.finfo(evidence.dtype).eps * 16
+        allowed = abs(loss) * torch.finfo(evidence.dtype).eps * 16
+        if evidence.dtype == torch.float64:
+            allowed = max(allowed, rows * 1e-9)
         if previous is not None and not loss <= previous + allowed:
             raise RuntimeError(
                 f"expected exact EM never to lower the penalised log likelihood (with the model's prior), got "
-                f"{-previous:.12g} then {-loss:.12g}; the "
-                "model's m_step does not raise Q, or the program is not the same at every call"
+                f"{-previous:.12g} then {-loss:.12g}; the model's m_step does not raise Q, or the program is not the same at "
+                "every call"
             )
 
 

@@ -141,7 +141,8 @@ class HiddenMarkovModel(Module):
             self.initial.normal_().mul_(0.1)
             self.transition.normal_().mul_(0.1)
             self.emission.m_step(torch.ones(len(rows), states, dtype=torch.double, device=x.device), rows)
-            self.emission.logits.add_(torch.randn_like(self.emission.logits))
+            for logits in self.emission.parameters():
+                logits.add_(torch.randn_like(logits))
             return
         clusters = k_means(rows, states)
         self.emission.m_step(clusters, rows)
