@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyrovae.ops.partition import _draw
+from pyrovae.ops.partition import draw_columns
 from pyrovae.ops.states import index_to_codes
 
 
 def boltzmann_log_partition(couplings: Tensor, biases: Tensor) -> Tensor:
-    """log Σ_x exp(½ xᵀJx + bᵀx); exact.
+    """Log Σ_x exp(½ xᵀJx + bᵀx); exact.
 
     Args:
         couplings: J `[n, n]`, symmetric with a zero diagonal.
@@ -37,7 +37,7 @@ def sample_boltzmann(couplings: Tensor, biases: Tensor, n: int, generator: torch
     """Exact independent draws `[n, *batch, n]`."""
     with torch.no_grad():
         x, logits = _logits(couplings, biases)
-        rows = [x[_draw(row, n, generator)] for row in logits.reshape(-1, len(x))]
+        rows = [x[draw_columns(row[None], row.new_zeros(n).long(), generator)] for row in logits.reshape(-1, len(x))]
         return torch.stack(rows, 1).reshape(n, *biases.shape)
 
 
