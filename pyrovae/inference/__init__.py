@@ -9,8 +9,10 @@ from pyrovae.inference.importance import Importance
 from pyrovae.inference.mcmc import MCMC, Gibbs, GibbsKernel
 from pyrovae.inference.mean_field import MeanField
 from pyrovae.inference.posterior import Posterior
+from pyrovae.inference.pretraining import GreedyPretraining
 from pyrovae.inference.saul_jaakkola_jordan import SaulJaakkolaJordan
 from pyrovae.inference.tempering import ParallelTempering, TemperedDraws
+from pyrovae.inference.up_down import UpDown
 from pyrovae.inference.variational import Variational
 from pyrovae.inference.wake_sleep import WakeSleep
 
@@ -24,12 +26,14 @@ __all__ = [
     "Fit",
     "Gibbs",
     "GibbsKernel",
+    "GreedyPretraining",
     "Importance",
     "MeanField",
     "ParallelTempering",
     "Posterior",
     "SaulJaakkolaJordan",
     "TemperedDraws",
+    "UpDown",
     "Variational",
     "WakeSleep",
 ]
