@@ -1,5 +1,6 @@
 """Inference methods: each takes any Pyro program and returns an account of how far it can be trusted."""
 
+from pyrovae.inference.ais import AIS, LogPartition, Sandwich
 from pyrovae.inference.contrastive import ContrastiveDivergence
 from pyrovae.inference.elbo import ExactLikelihood
 from pyrovae.inference.em import EM
@@ -17,6 +18,7 @@ from pyrovae.inference.variational import Variational
 from pyrovae.inference.wake_sleep import WakeSleep
 
 __all__ = [
+    "AIS",
     "EM",
     "MCMC",
     "ContrastiveDivergence",
@@ -28,9 +30,11 @@ __all__ = [
     "GibbsKernel",
     "GreedyPretraining",
     "Importance",
+    "LogPartition",
     "MeanField",
     "ParallelTempering",
     "Posterior",
+    "Sandwich",
     "SaulJaakkolaJordan",
     "TemperedDraws",
     "UpDown",

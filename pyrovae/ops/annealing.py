@@ -6,8 +6,8 @@ The path goes from a base of independent units, of known partition function, at 
     Boltzmann machine  p_β(x) ∝ exp(½β xᵀJx + (1 − β) aᵀx + β bᵀx)
 
 where a are the logits of the base. A chain that starts at β_0 = 0 and moves by Gibbs sweeps collects
-log w = Σ_k f_{k+1}(x_k) − f_k(x_k), each term before the move at β_{k+1}; then E[w] = Z_1 / Z_0. The same sweeps taken
-backwards from an exact draw of the model have E[1 / w] = Z_0 / Z_1.
+log w = Σ_k f_{k+1}(x_k) − f_k(x_k), each term before the move at β_{k+1}; then E[w] = Z_1 / Z_0. Annealed the
+other way, from an exact draw of the model, chains have E[1 / w] = Z_0 / Z_1.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class BoltzmannPath:
         for k in range(len(betas) - 1):
             log_w += self._gain(x, betas[k], betas[k + 1])
             if k + 2 < len(betas):
-                self._sweep(x, betas[k + 1], self.blocks)
+                self._sweep(x, betas[k + 1])
         return log_w
 
     def backward(self, betas: Sequence[float], start: Tensor) -> Tensor:
@@ -117,18 +117,18 @@ class BoltzmannPath:
         for k in reversed(range(len(betas) - 1)):
             log_w += self._gain(x, betas[k], betas[k + 1])
             if k:
-                self._sweep(x, betas[k], self.blocks[::-1])  # the reversal of a sweep draws its blocks in reverse
+                self._sweep(x, betas[k])
         return log_w
 
     def _gain(self, x: Tensor, low: float, high: float) -> Tensor:
         """f_high(x) − f_low(x), linear in β."""
         return (high - low) * (x * (0.5 * (x @ self.J) + self.b - self.base)).sum(-1).double()
 
-    def _sweep(self, x: Tensor, beta: float, blocks: tuple[Tensor, ...]) -> None:
+    def _sweep(self, x: Tensor, beta: float) -> None:
         bias = torch.lerp(self.base, self.b, beta)
         if bias.dim() > 1:
             bias = bias.expand_as(x).reshape(-1, x.shape[-1])
-        boltzmann_sweep(x.view(-1, x.shape[-1]), beta * self.J, bias, blocks=blocks)
+        boltzmann_sweep(x.view(-1, x.shape[-1]), beta * self.J, bias, blocks=self.blocks)
 
 
 class _RbmChains:
@@ -151,7 +151,7 @@ class _RbmChains:
         self.log_w += gain
 
     def move(self, beta: float) -> None:
-        """One block sweep h | v, v | h at β, reversible for p_β(v)."""
+        """One block sweep h | v, v | h at β, which leaves p_β(v) invariant."""
         self._activate()
         path = self.path
         torch.mul(self.a, beta, out=self.p).sigmoid_()

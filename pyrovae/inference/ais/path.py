@@ -108,7 +108,7 @@ class ProgramPath:
         for beta in ladder:
             self._steps = [(beta, log_step)]
             if self._sweep is not None:
-                self._gibbs(beta, backwards=False)
+                self._gibbs(beta)
             log_step = log_step + _RATE * (self._trajectory(beta) - _TARGET)
             found.append((beta, log_step))
         self._steps = found[_WARM_UP - 1 :]
@@ -141,25 +141,23 @@ class ProgramPath:
         return log_w
 
     def backward(self, betas: Sequence[float]) -> Tensor:
-        """Log weights of the reversed chains, from states of the posterior down to the prior."""
+        """Log weights `[K, batch]` of chains from exact draws of the posterior down to the prior: E[1 / w] = 1 / p(x)."""
         log_w = torch.zeros_like(self._likelihood, dtype=torch.float64)
         for low, high in reversed(list(itertools.pairwise(betas))):
-            self._move(high, backwards=True)
+            self._move(high)
             log_w += (high - low) * self._likelihood.double()
         return log_w
 
-    def _move(self, beta: float, *, backwards: bool = False) -> None:
-        """A move that leaves p_β invariant, or its reversal."""
-        if self._sweep is not None and not backwards:
-            self._gibbs(beta, backwards=False)
+    def _move(self, beta: float) -> None:
+        """A move that leaves p_β invariant."""
+        if self._sweep is not None:
+            self._gibbs(beta)
         if self.smooth:
             accepted = self._trajectory(beta)
             self._accepted = accepted if self._accepted is None else self._accepted + accepted
             self._moves += 1
-        if self._sweep is not None and backwards:
-            self._gibbs(beta, backwards=True)
 
-    def _gibbs(self, beta: float, *, backwards: bool) -> None:
+    def _gibbs(self, beta: float) -> None:
         sweep = self._sweep
         assert sweep is not None
         sweep.powers = dict.fromkeys(self.observed, beta)
@@ -167,7 +165,7 @@ class ProgramPath:
             sweep.fixed = {latent.name: self._transforms[latent.name](self._free[latent.name]) for latent in self.smooth}
             sweep.start(sweep.codes)
             self.evaluations += sweep.chains * self.rows
-        sweep.sweep(backwards=backwards)
+        sweep.sweep()
         self.evaluations += sweep.evaluations_per_sweep
         self._read(sweep.current, sweep.chains)
 

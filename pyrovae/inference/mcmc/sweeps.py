@@ -144,10 +144,10 @@ class ProgramSweep:
         for term in self.current.values():
             _check_numbers(term.table)
 
-    def sweep(self, *, backwards: bool = False) -> None:
-        """Draw every component of every row and chain once from its conditional; `backwards` reverses the order."""
-        for latent in reversed(self.latents) if backwards else self.latents:
-            for j in reversed(range(latent.components)) if backwards else range(latent.components):
+    def sweep(self) -> None:
+        """Draw every component of every row and chain once from its conditional."""
+        for latent in self.latents:
+            for j in range(latent.components):
                 self._update(latent, j)
 
     def snapshot(self) -> Codes:
