@@ -10,10 +10,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from pyrovae.handlers.structure import Latent
-from pyrovae.inference.factors import dot
+from pyrovae.inference.expectations import sites_read, weighted_average
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Posterior, Program, States
 from pyrovae.ops import index_to_codes
@@ -52,18 +52,20 @@ class BitsPosterior(Posterior):
         return {latent.name: (self.logits[latent.name] > 0).to(latent.dtype) for latent in self.structure.latents}
 
     def expectation(self, f: Callable[[States], Tensor]) -> tuple[Tensor, Tensor]:
-        """E_q[f(h)]: summed over all joint states, with error 0, up to 2^26 states x rows; else over `num_draws` draws of q."""
-        bits = sum(logits.shape[-1] for logits in self.logits.values())
-        rows = self.structure.batch_shape.numel()
-        if bits <= 40 and 2**bits * rows <= _MAX_STATES:
-            total: Tensor | None = None
-            for states, weights in self._all_states(bits, rows):
-                value = self._checked(f(states), len(weights))
-                part = dot(weights.reshape(weights.shape + (1,) * (value.dim() - weights.dim())), value).sum(0)
-                total = part if total is None else total + part
-            assert total is not None
-            return total, torch.zeros_like(total.detach())
-        value = self._checked(f(self.sample(self.num_draws)), self.num_draws)
+        """E_q[f(h)], by a sum, with error 0, over up to 2^26 joint states x rows of the sites that `f` reads; else by draws.
+
+        The draws are `num_draws` independent ones of q, and the error is that of their mean.
+        """
+        read = sites_read(f, {site: torch.zeros_like(logits).unsqueeze(0) for site, logits in self._in_order().items()})
+        logits = {site: value for site, value in self._in_order().items() if site in read} or self._in_order()
+        bits, rows = sum(value.shape[-1] for value in logits.values()), self.structure.batch_shape.numel()
+        if 2.0**bits * rows <= _MAX_STATES:
+            return weighted_average(f, self._all_states(logits, bits, rows))
+        value = f(self.sample(self.num_draws))
+        expected = (self.num_draws, *self.structure.batch_shape)
+        if value.shape[: len(expected)] != expected:
+            raise ValueError(f"expected f to return [S, batch, …] = {expected} and any dims after, got {tuple(value.shape)}")
+        value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
         return value.mean(0), value.detach().std(0) / math.sqrt(self.num_draws)
 
     @abstractmethod
@@ -85,7 +87,7 @@ class BitsPosterior(Posterior):
                 raise ValueError(
                     f"expected {latent.name!r} of shape [n, {', '.join(map(str, logits.shape))}], got {value.shape}"
                 )
-            bits = -softplus(torch.where(value > 0.5, -logits, logits), threshold=700.0)
+            bits = logsigmoid(torch.where(value > 0.5, logits, -logits))
             total = total + torch.where((value == 0) | (value == 1), bits, -math.inf).sum(-1)
         assert isinstance(total, Tensor)
         return total
@@ -94,29 +96,26 @@ class BitsPosterior(Posterior):
         p = self.marginals[latent.name]
         return (torch.rand((n, *p.shape), dtype=p.dtype, device=p.device) < p).to(latent.dtype)
 
-    def _all_states(self, bits: int, rows: int) -> Iterator[tuple[States, Tensor]]:
-        """All joint states in chunks, the same for every row, and q of them `[S, batch]`."""
-        size = max(1, _CHUNK // (rows * bits))
-        device = next(iter(self.logits.values())).device
-        for start in range(0, 2**bits, size):
-            codes = index_to_codes(torch.arange(start, min(start + size, 2**bits), device=device), 2, bits)
-            states, log_q, at = {}, torch.zeros((), device=device), 0
-            for latent in self.structure.latents:
-                logits = self.logits[latent.name]
-                own = codes[:, at : at + logits.shape[-1]].to(logits.dtype)
-                at += logits.shape[-1]
-                log_q = log_q + own @ -softplus(-logits, threshold=700.0).T
-                log_q = log_q + (1 - own) @ -softplus(logits, threshold=700.0).T
-                states[latent.name] = own.to(latent.dtype).unsqueeze(1).expand(-1, *logits.shape)
-            yield states, log_q.exp()
+    def _in_order(self) -> dict[str, Tensor]:
+        return {latent.name: self.logits[latent.name] for latent in self.structure.latents}
 
-    def _checked(self, value: Tensor, count: int) -> Tensor:
-        expected = (count, *self.structure.batch_shape)
-        if value.shape[: len(expected)] != expected:
-            raise ValueError(f"expected f to return [S, batch, …] = {expected} and any dims after, got {tuple(value.shape)}")
-        return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    def _all_states(self, logits: Mapping[str, Tensor], bits: int, rows: int) -> Iterator[tuple[States, Tensor]]:
+        """All joint states of some sites in chunks, the same for every row, and log q of them `[S, batch]`."""
+        dtypes = {latent.name: latent.dtype for latent in self.structure.latents}
+        joint = torch.cat(list(logits.values()), -1)  # [batch, bits]
+        none = logsigmoid(-joint).sum(-1)
+        size = max(1, _CHUNK // (rows * bits))
+        for start in range(0, 2**bits, size):
+            numbers = torch.arange(start, min(start + size, 2**bits), device=joint.device)
+            codes = index_to_codes(numbers, 2, bits).to(joint.dtype)
+            parts = codes.split([value.shape[-1] for value in logits.values()], -1)
+            states = {
+                site: part.to(dtypes[site]).unsqueeze(1).expand(-1, *value.shape)
+                for (site, value), part in zip(logits.items(), parts, strict=True)
+            }
+            yield states, codes @ joint.T + none
 
 
 def bit_entropy(logits: Tensor) -> Tensor:
     """The entropy of a Bernoulli by its logit, elementwise, in nats."""
-    return softplus(logits, threshold=700.0) - logits * logits.sigmoid()
+    return -logsigmoid(-logits) - logits * logits.sigmoid()

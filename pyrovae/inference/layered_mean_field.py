@@ -7,10 +7,10 @@ matrix over its two halves: E_q[A] = q_Aᵀ A q_B, a matrix product for all rows
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from pyrovae.handlers.structure import Structure
 from pyrovae.inference.bits import BitsPosterior, bit_entropy
 from pyrovae.inference.layered_net import LayeredNet, layered_net
+from pyrovae.inference.linear_code import LayerStatistics
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program
 from pyrovae.ops import softplus_sums
@@ -44,26 +45,39 @@ class LayeredMeanFieldPosterior(BitsPosterior):
 
     def q_function(self, model: Program) -> Callable[[], Tensor]:
         """Σ_batch E_q[log p(x, h)], the data gathered once: a call costs 2^units of each layer, whatever the rows."""
-        net = layered_net(model, self.log_joint.args, self.log_joint.kwargs, self.structure)
-        if net is None:
+        if layered_net(model, self.log_joint.args, self.log_joint.kwargs, self.structure) is None:
             return super().q_function(model)
-        with torch.no_grad():
-            logits = self._by_layer(net)
-            values = [net.x, *(value.sigmoid() for value in logits)]
-            sums = [value.sum(0) for value in values]
-            products = [above.T @ below for below, above in itertools.pairwise(values)]
-            counts = [q_a.T @ q_b for q_a, q_b in map(halves, logits)]
 
         def total() -> Tensor:
-            live = layered_net(model, self.log_joint.args, self.log_joint.kwargs, self.structure)
-            assert live is not None
-            parts = [-len(live.x) * live.log_normalizer(_INSTEAD)]
-            parts += [(live.bias(layer) * value).sum() for layer, value in enumerate(sums)]
-            parts += [(weight * product).sum() for weight, product in zip(live.layers.weights, products, strict=True)]
-            parts += [(table * count).sum() for table, count in zip(tables(live), counts, strict=True)]
-            return torch.stack(parts).sum()
+            net = layered_net(model, self.log_joint.args, self.log_joint.kwargs, self.structure)
+            assert net is not None
+            like = net.x
+            value = -len(like) * net.log_normalizer(_INSTEAD) + net.layers.top_bias @ self._top.to(like)
+            for layer, (s, table) in enumerate(zip(self.statistics, tables(net), strict=True)):
+                value = value + (net.layers.weights[layer] * s.cross.to(like)).sum() + net.bias(layer) @ s.below.to(like)
+                value = value + s.counts.to(like) @ table.flatten()
+            return value
 
         return total
+
+    @cached_property
+    def statistics(self) -> tuple[LayerStatistics, ...]:
+        """What an M-step needs to know, a layer at a time from the data upwards."""
+        below, found = self.log_joint.args[0].double(), []
+        for site in self._sites:
+            logits = self.logits[site].double()
+            q_a, q_b = halves(logits)
+            found.append(LayerStatistics(logits.sigmoid().T @ below, below.sum(0), (q_a.T @ q_b).flatten()))
+            below = logits.sigmoid()
+        return tuple(found)
+
+    @property
+    def _top(self) -> Tensor:
+        return self.logits[self._sites[-1]].sigmoid().sum(0)
+
+    @property
+    def _sites(self) -> tuple[str, ...]:
+        return tuple(self.logits)  # from the data upwards
 
     def _by_layer(self, net: LayeredNet) -> list[Tensor]:
         return [self.logits[site].to(net.x) for site in net.layers.sites]

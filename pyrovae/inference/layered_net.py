@@ -64,7 +64,7 @@ class LayeredNet:
         """
         layers = self.layers
         if layers.top_weight is None or layers.top_hidden_bias is None:
-            return torch.nn.functional.softplus(layers.top_bias, threshold=700.0).sum()
+            return -torch.nn.functional.logsigmoid(-layers.top_bias).sum()
         bits, units = sorted(layers.top_weight.shape)
         check_enumerable(bits, units, layers.top_weight.dtype, instead)
         return rbm_log_partition(layers.top_weight, layers.top_bias, layers.top_hidden_bias)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from pyrovae.handlers.structure import common_scale, finite_latents, read_structure
@@ -176,7 +176,7 @@ class SaulJaakkolaJordanPosterior(BitsPosterior):
             ]
             total = total - torch.cat(parts)
         if net.layers.top_weight is not None and net.layers.top_hidden_bias is not None:
-            total = total + softplus(net.layers.top_hidden_bias + means[-1] @ net.layers.top_weight, threshold=700.0).sum(-1)
+            total = total - logsigmoid(-net.layers.top_hidden_bias - means[-1] @ net.layers.top_weight).sum(-1)
         return total
 
 
@@ -223,7 +223,7 @@ class _Ascent:
         for bound, logits in zip(self.bounds, self.logits, strict=True):
             total = total - bound.value() + bit_entropy(logits).sum(-1)
         if self.net.layers.top_weight is not None:
-            total = total + softplus(self._top(means[-1]), threshold=700.0).sum(-1)
+            total = total - logsigmoid(-self._top(means[-1])).sum(-1)
         return total
 
     def sweep(self) -> None:

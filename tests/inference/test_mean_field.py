@@ -4,11 +4,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from brute_force import BruteForce
+from brute_force import BruteForce, bits
 from programs import CASES
 
-from pyrovae.inference import Exact, MeanField
-from pyrovae.models import toy
+from pyrovae.inference import EM, Exact, MeanField
+from pyrovae.inference.layered_mean_field import LayeredMeanFieldPosterior
+from pyrovae.models import DeepBeliefNet, toy
 
 NAMES = [
     "one_bit_normal",
@@ -113,6 +114,94 @@ def test_marginals_are_those_of_q(name):
     flat = q**0.2  # the wrong law
     brute.weights = flat / flat.sum(0)
     assert brute.largest_z(posterior.sample(4000))[0] > limit
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 5, [3, 2], [2, 3, 2]], ids=str)
+def test_declared_layers_give_what_the_table_gives(hidden):
+    """From the same starts, as the same random numbers lead to."""
+    net = toy.belief_net(6, hidden)
+    x = net.sample(7)
+    found = []
+    for declared in (True, False):
+        torch.manual_seed(3)
+        found.append(MeanField(3, 1000, tolerance=1e-14, declared=declared).infer(net, x))
+    layers, table = found
+    assert isinstance(layers, LayeredMeanFieldPosterior)
+    assert not isinstance(table, LayeredMeanFieldPosterior)
+    assert torch.allclose(layers.log_evidence, table.log_evidence, atol=1e-10)
+    assert [len(history) for history in layers.diagnostics["bounds"]] == [len(h) for h in table.diagnostics["bounds"]]
+    for a, b in zip(layers.diagnostics["bounds"], table.diagnostics["bounds"], strict=True):
+        assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-10)
+    assert torch.allclose(layers.expected_log_joint(net) + layers.entropy, layers.log_evidence, atol=1e-10)
+    for site, p in table.marginals.items():
+        assert torch.allclose(layers.marginals[site], p, atol=1e-6)  # which of two equal starts is kept is rounding
+
+
+@pytest.mark.parametrize("hidden", [3, [2, 3]], ids=str)
+def test_answers_by_layers_are_those_of_a_sum_over_states(hidden):
+    net, other = toy.belief_net(6, hidden), toy.belief_net(6, hidden, seed=1)
+    x = net.sample(5)
+    q = MeanField(2).infer(net, x)
+    by_states = q.expectation(lambda z: q.log_joint(z, other))[0]
+    assert torch.allclose(q.expected_log_joint(other), by_states, atol=1e-10)
+    assert torch.allclose(q.q_function(other)(), by_states.sum(), atol=1e-10)
+    assert torch.allclose(q.entropy, -q.expectation(lambda z: q.log_prob(z))[0], atol=1e-10)
+    wrapped = lambda x: other(x)  # noqa: E731 declares nothing
+    assert torch.allclose(q.expected_log_joint(wrapped), by_states, atol=1e-10)
+    assert torch.allclose(q.q_function(wrapped)(), by_states.sum(), atol=1e-10)
+    parameters = list(other.parameters())
+    for a, b in zip(
+        torch.autograd.grad(q.q_function(other)(), parameters), torch.autograd.grad(by_states.sum(), parameters), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-10)
+    brute = BruteForce(net, (x,), {s.name: bits(s.components) for s in q.structure.latents}).solve()
+    brute.weights = log_q_of_states(q, brute).exp()
+    z, limit = brute.largest_z(q.sample(4000))
+    assert z < limit
+
+
+@pytest.mark.parametrize("hidden", [[4, 3], [3, 3, 2]], ids=str)
+def test_under_a_top_rbm(hidden):
+    torch.manual_seed(2)
+    net = DeepBeliefNet(5, hidden)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0, 1.5)
+    x = net.sample(6)
+    found = []
+    for declared in (True, False):
+        torch.manual_seed(3)
+        found.append(MeanField(3, 1000, tolerance=1e-14, declared=declared).infer(net, x))
+    assert isinstance(found[0], LayeredMeanFieldPosterior)
+    assert torch.allclose(found[0].log_evidence, found[1].log_evidence, atol=1e-10)
+    assert bool((found[0].log_evidence <= Exact(declared=False).infer(net, x).log_evidence + 1e-10).all())
+
+
+def test_twenty_bits_beyond_the_table():
+    """The table of the joint would take 2^20 entries for every row."""
+    net = toy.belief_net(12, 20)
+    x = net.sample(40)
+    with pytest.raises(ValueError, match="bytes"):
+        MeanField(declared=False).infer(net, x)
+    posterior = MeanField(1, 20).infer(net, x)
+    assert float(torch.tensor(posterior.diagnostics["bounds"][0]).diff().min()) > -1e-11
+    gap = Exact().infer(net, x).log_evidence - posterior.log_evidence
+    assert bool((gap > -1e-9).all())
+    assert float(gap.mean()) < 3
+    assert bool(torch.isfinite(posterior.q_function(net)()))
+
+
+def test_variational_em_by_layers_and_by_table():
+    """The closed statistics lead EM where sums over states do."""
+    data = toy.belief_net(5, 3).sample(60)
+    ends = []
+    for declared in (True, False):
+        net = toy.belief_net(5, 3, seed=4)
+        torch.manual_seed(0)
+        fit = EM(MeanField(1, 500, tolerance=1e-12, declared=declared), num_iterations=3).fit(net, data)
+        ends.append(fit.history[-1]["bound"])
+    assert fit.history[-1]["bound"] > fit.history[0]["bound"] + 0.1
+    assert abs(ends[0] - ends[1]) < 1e-5
 
 
 def test_one_component_is_exact():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from pyrovae.handlers.structure import Latent, Structure
 from pyrovae.inference.layered_net import LayeredNet
@@ -84,7 +84,7 @@ class _Children:
 
     What they receive is kept halved, y = z/2, since e^{softplus(z + w) − softplus(z)} = 1 + σ(z)(e^w − 1) =
     (e^w + 1)/2 + tanh(y) (e^w − 1)/2: one tanh for each unit, and one logarithm for the product over many of them. Where
-    weights are so large that the sum would lose digits, softplus itself is taken.
+    weights are so large that the sum would lose digits, softplus itself (−log σ(−z)) is taken.
     """
 
     def __init__(self, net: LayeredNet, layer: int) -> None:
@@ -109,7 +109,7 @@ class _Children:
         """Σ_i ± [softplus(z_i + W_ji) − softplus(z_i)] where z/2 = `received`, `[R]`."""
         if not self._products:
             z, w = 2 * received, 2 * self.weight[j]
-            change = (softplus(z + w, threshold=700.0) - softplus(z, threshold=700.0)).split(self._widths, -1)
+            change = (logsigmoid(-z) - logsigmoid(-z - w)).split(self._widths, -1)
             return change[0].sum(-1) - (change[1].sum(-1) if len(change) > 1 else 0.0)
         ratio = torch.tanh(received).mul_(self._slope[j]).add_(self._offset[j])
         total = torch.zeros_like(received[:, 0])
