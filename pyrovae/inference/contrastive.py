@@ -60,8 +60,8 @@ class ContrastiveDivergence:
         batch_size: rows of a minibatch; None takes all.
         num_epochs: passes over the data, each of ⌊N/B⌋ steps; default 10.
         num_steps: gradient steps, instead of `num_epochs`.
-        optim: a function from parameters to a torch optimizer; default `partial(torch.optim.SGD, lr=0.05)`. The gradient is that
-            of the mean log likelihood, nats per datum, as in scikit-learn's `learning_rate`.
+        optim: a function from parameters to a torch optimizer; default `partial(torch.optim.SGD, lr=0.05)`. The gradient is
+            that of the mean log likelihood, nats per datum, as in scikit-learn's `learning_rate`.
         scheduler: a function from the optimizer to a `torch.optim.lr_scheduler`, stepped at every gradient step.
         penalty: λ, the precision of a Gaussian prior on every parameter: λ θ / N is added to the gradient of −mean log p.
         negative: None, a :class:`ParallelTempering`, or "exact".
@@ -335,9 +335,9 @@ class _Run:
         rhat = float(split_rhat(torch.stack(energies, 1).double()))
         if rhat > _RHAT:
             warnings.warn(
-                f"the persistent chains have not mixed: R-hat of their energies over {_SWEEPS} sweeps at the last parameters is "
-                f"{rhat:.2f}, above {_RHAT}; the gradient was that of where they were, not of the model; use a falling learning "
-                "rate, a larger k, or negative=ParallelTempering(...)",
+                f"the persistent chains have not mixed: R-hat of their energies over {_SWEEPS} sweeps at the last parameters "
+                f"is {rhat:.2f}, above {_RHAT}; the gradient was that of where they were, not of the model; use a falling "
+                "learning rate, a larger k, or negative=ParallelTempering(...)",
                 stacklevel=5,
             )
         return {"rhat": rhat if math.isfinite(rhat) else None}
