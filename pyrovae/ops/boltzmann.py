@@ -279,11 +279,7 @@ def _check(couplings: Tensor, biases: Tensor, max_bits: int, instead: str) -> No
             raise ValueError(f"expected finite {name}, got {count} values that are not; check what made them")
     asymmetry = float((couplings - couplings.T).abs().max()) if n else 0.0
     if asymmetry > 1e-6 * float(couplings.abs().max() if n else 0.0):
-        raise ValueError(
-            f"expected symmetric couplings, got a difference of {asymmetry:.1e} from the transpose; use (J + Jᵀ) / 2"
-        )
+        raise ValueError(f"expected symmetric couplings, got J and Jᵀ {asymmetry:.1e} apart; use (J + Jᵀ) / 2")
     if couplings.diagonal().any():
-        raise ValueError(
-            "expected couplings with a zero diagonal, got others; x_i² = x_i, so add half the diagonal to the biases"
-        )
+        raise ValueError("expected a zero diagonal of couplings, got another; x_i² = x_i: add half of it to the biases")
     check_enumerable(n, 1, couplings.dtype, instead, max_bits=max_bits)

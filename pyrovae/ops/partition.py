@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrovae.ops.inverse_cdf import draw_pairs
 from pyrovae.ops.split_half import Block, Gradient, SplitHalf
 
 MAX_BITS = 30
@@ -180,25 +181,6 @@ def check_enumerable(bits: int, units: int, dtype: torch.dtype, instead: str, *,
         )
 
 
-def draw_columns(logits: Tensor, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Independent draws of a column of a table, given the row, by the inverse of the cumulative distribution function.
-
-    Args:
-        logits: `[R, C]`, unnormalised in each row.
-        rows: which row each draw is from `[n]`.
-        generator: of random numbers; None for the global one.
-
-    Returns:
-        Column numbers `[n]`.
-    """
-    cumulative = logits.double().softmax(1).cumsum(1)
-    cumulative /= cumulative[:, -1:].clone()
-    cumulative += torch.arange(len(logits), device=logits.device)[:, None]  # row k ends at k + 1: one ascending list
-    u = torch.rand(len(rows), generator=generator, device=logits.device, dtype=torch.float64)
-    found = torch.searchsorted(cumulative.flatten(), rows + u, right=True)
-    return (found - rows * logits.shape[1]).clamp(0, logits.shape[1] - 1)
-
-
 class _Side:
     """An RBM seen from its smaller side, whose codes h are enumerated; x are the units summed out."""
 
@@ -243,15 +225,9 @@ class _Side:
         marginal = self.own.new_full((engine.shape[0],), -torch.inf)  # log p of the first halves, unnormalised
         for rows, _, first, second in engine.tiles():
             marginal[rows] = torch.logaddexp(marginal[rows], self._logits(first, second).logsumexp(1))
-        drawn = draw_columns(marginal[None], torch.zeros(n, dtype=torch.long, device=marginal.device), generator)
-        unique, inverse = drawn.unique(return_inverse=True)
-        columns = torch.empty_like(drawn)
-        step = max(self.max_bytes // (32 * engine.shape[1]), 1)
-        for start in range(0, len(unique), step):
-            logits = self._rows(unique[start : start + step])
-            mine = ((inverse >= start) & (inverse < start + step)).nonzero()[:, 0]
-            columns[mine] = draw_columns(logits, inverse[mine] - start, generator)
-        codes = torch.cat([engine.codes(drawn, 0), engine.codes(columns, 1)]).T.to(self.weight)
+        step = min(max(self.max_bytes // (32 * engine.shape[1]), 1), 2**9)
+        numbers = draw_pairs(marginal, self._conditional, step, n, generator)
+        codes = torch.cat([engine.codes(numbers[half], half) for half in (0, 1)]).T.to(self.weight)
         logits = torch.addmm(self.bias, codes, self.weight)
         other = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype) < torch.sigmoid(logits)
         return (codes, other.to(codes)) if self.swapped else (other.to(codes), codes)
@@ -260,7 +236,7 @@ class _Side:
         own = (self.own[: self.engine.split] @ first.codes)[:, None] + self.own[self.engine.split :] @ second.codes
         return own.add_(self.engine.sums(first, second))
 
-    def _rows(self, numbers: Tensor) -> Tensor:
+    def _conditional(self, numbers: Tensor) -> Tensor:
         """Unnormalised log p(h) of all codes with the given first halves."""
         blocks = ((columns, second) for rows, columns, _, second in self.engine.tiles() if rows.start == 0)
         out = self.own.new_empty(len(numbers), self.engine.shape[1])
