@@ -128,10 +128,10 @@ class BernoulliComponents(Components):
     @torch.no_grad()
     def m_step(self, weights: Tensor, x: Tensor) -> None:
         """Means, kept off 0 and 1 by the precision of their dtype; a component without data or prior keeps its own."""
-        limits, extra = torch.finfo(self.logits.dtype), self.concentration - 1
+        eps, extra = torch.finfo(self.logits.dtype).eps, self.concentration - 1
         total = weights.sum(0).unsqueeze(-1) + 2 * extra
-        mean = (weights.T @ x.to(weights) + extra) / total.clamp_min(limits.tiny)
-        self.logits.copy_(torch.where(total > limits.tiny, torch.logit(mean.clamp(limits.eps, 1 - limits.eps)), self.logits))
+        mean = (weights.T @ x.to(weights) + extra) / total.clamp_min(eps**2)
+        self.logits.copy_(torch.where(total > eps**2, torch.logit(mean.clamp(eps, 1 - eps)), self.logits))
 
     def log_prior(self) -> Tensor:
         """(concentration − 1) Σ (log μ + log(1 − μ)), 0-d."""

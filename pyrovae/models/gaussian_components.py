@@ -79,15 +79,16 @@ class GaussianComponents(Components):
         """Means and covariances; a component without data keeps its mean, and without a prior its covariance too."""
         x = x.to(weights)
         total = weights.sum(0)
-        some = (total > torch.finfo(weights.dtype).tiny).unsqueeze(-1)
+        eps = torch.finfo(self.loc.dtype).eps
+        total = torch.where(total > eps**2, total, 0.0)
+        some = (total > 0).unsqueeze(-1)
         centre = x.mean(0)
         shifted = x - centre
-        mean = (weights.T @ shifted) / total.clamp_min(torch.finfo(weights.dtype).tiny).unsqueeze(-1)
+        mean = (weights.T @ shifted) / total.clamp_min(eps**2).unsqueeze(-1)
         self.loc.copy_(torch.where(some, mean + centre, self.loc))
         spread = shifted.square().mean(0)
-        eps = torch.finfo(self.loc.dtype).eps
         floor = eps * torch.where(spread > 0, spread, spread.mean().clamp_min(eps))
-        scatter = self._scatter(weights, shifted, mean)  # [K, D, D] or [K, D]
+        scatter = self._scatter(torch.where(some.T, weights, 0.0), shifted, mean)  # [K, D, D] or [K, D]
         empty = [k for k, share in enumerate((total + self.prior_count).tolist()) if not share > 0]
         if self.covariance == "full":
             collapsed = self._set_full(scatter, total, floor)
@@ -107,10 +108,7 @@ class GaussianComponents(Components):
             return self.loc.new_zeros(())
         log_scale = self.log_scale.expand(self.loc.shape)
         if self.covariance == "full":
-            eye = torch.eye(self.width, dtype=self.loc.dtype, device=self.loc.device)
-            trace = (
-                torch.linalg.solve_triangular(self.scale_tril, eye.expand(len(self.loc), -1, -1), upper=False).square().sum()
-            )
+            trace = self._whitening().square().sum()
         else:
             trace = (-2 * log_scale).exp().sum()
         return -0.5 * self.prior_count * (2 * log_scale.sum() + self.prior_variance * trace)
