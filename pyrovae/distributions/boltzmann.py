@@ -16,8 +16,8 @@ from pyrovae.ops import boltzmann_log_partition, boltzmann_moments, boltzmann_sw
 class BoltzmannMachine(Undirected):
     """p(x) ∝ exp(½ xᵀJx + bᵀx) over x in {0, 1}^n, that is exp(Σ_{i<j} J_ij x_i x_j + Σ_i b_i x_i).
 
-    log Z is exact by enumeration of 2^n states (for each of a batch of biases), up to 30 units; beyond, give `log_partition`
-    (a number, as AIS estimates it) or `chains`, which give learning its gradient (see
+    log Z is exact by enumeration of 2^n states (for each of a batch of biases), up to `max_bits` units; beyond, give
+    `log_partition` (a number, as AIS estimates it) or `chains`, which give learning its gradient (see
     :class:`pyrovae.distributions.undirected.Undirected`). Draws are then states of the chains. Where it is a latent site, it
     has no relaxed twin.
 
@@ -28,6 +28,7 @@ class BoltzmannMachine(Undirected):
         b: biases `[*batch, n]`.
         log_partition: log Z, a number or a tensor `[*batch]`, where it is known from elsewhere.
         chains: for the gradient of log Z and for draws, instead of enumeration; for biases `[n]`.
+        max_bits: the largest number of units that are enumerated, here, in marginals and in conditionals.
         validate_args: check parameters and values; None takes Pyro's setting.
 
     Raises:
@@ -53,6 +54,7 @@ class BoltzmannMachine(Undirected):
         *,
         log_partition: float | Tensor | None = None,
         chains: PersistentChains | None = None,
+        max_bits: int = 30,
         validate_args: bool | None = None,
     ) -> None:
         if J.dim() != 2 or b.dim() < 1 or J.shape != (b.shape[-1], b.shape[-1]) or J.shape[0] == 0:
@@ -60,7 +62,7 @@ class BoltzmannMachine(Undirected):
         if chains is not None and b.dim() > 1:
             raise ValueError(f"expected biases [n] with chains, got {list(b.shape)}; chains serve one distribution")
         self.J, self.b = J, b
-        self._begin(b.shape[:-1], J.shape[0], J.shape[0], log_partition, chains, validate_args)
+        self._begin(b.shape[:-1], J.shape[0], J.shape[0], log_partition, chains, max_bits, validate_args)
         if self._validate_args:
             _check_couplings(J)
 
@@ -84,7 +86,8 @@ class BoltzmannMachine(Undirected):
             ValueError: unless 0 < k < n.
         """
         k, J = self._part(x.shape[-1]), self.couplings
-        return BoltzmannMachine(J[k:, k:], self.b[..., k:] + x.to(J.dtype) @ J[:k, k:], validate_args=False)
+        biases = self.b[..., k:] + x.to(J.dtype) @ J[:k, k:]
+        return BoltzmannMachine(J[k:, k:], biases, max_bits=self.max_bits, validate_args=False)
 
     def marginal(self, k: int) -> BoltzmannMarginal:
         """The first k units, the others summed out by enumeration.
@@ -98,7 +101,7 @@ class BoltzmannMachine(Undirected):
     def mean(self) -> Tensor:
         """E[x], exact by enumeration, `[*batch_shape, n]`."""
         self._check_enumerable()
-        return boltzmann_moments(self.J, self.b)[1].expand(self.batch_shape + self.event_shape)
+        return boltzmann_moments(self.J, self.b, max_bits=self.max_bits)[1].expand(self.batch_shape + self.event_shape)
 
     @property
     def variance(self) -> Tensor:
@@ -118,7 +121,7 @@ class BoltzmannMachine(Undirected):
 
     def _exact_log_partition(self) -> Tensor:
         self._check_enumerable()
-        return boltzmann_log_partition(self.couplings, self.b)
+        return boltzmann_log_partition(self.couplings, self.b, max_bits=self.max_bits)
 
     def _exact_sample(self, sample_shape: Size) -> Tensor:
         self._check_enumerable()
@@ -126,7 +129,9 @@ class BoltzmannMachine(Undirected):
         own = (1,) * (len(self.batch_shape) - len(batch)) + tuple(batch)
         repeats = [full if part == 1 else 1 for full, part in zip(self.batch_shape, own, strict=True)]
         n = sample_shape.numel() * Size(repeats).numel()
-        draws = sample_boltzmann(self.J, self.b, n).reshape((*sample_shape, *repeats, *own, *self.event_shape))
+        draws = sample_boltzmann(self.J, self.b, n, max_bits=self.max_bits).reshape(
+            (*sample_shape, *repeats, *own, *self.event_shape)
+        )
         first, depth = len(sample_shape), len(own)
         pairs = itertools.chain.from_iterable((first + d, first + depth + d) for d in range(depth))
         return draws.permute(*range(first), *pairs, draws.dim() - 1).reshape(self._extended_shape(sample_shape))
@@ -135,7 +140,7 @@ class BoltzmannMachine(Undirected):
         return self.free_energy(states)
 
     def _check_enumerable(self) -> None:
-        check_enumerable(self.J.shape[0], 1, self.J.dtype, INSTEAD)
+        check_enumerable(self.J.shape[0], 1, self.J.dtype, INSTEAD, max_bits=self.max_bits)
 
     def _part(self, k: int) -> int:
         n = self.J.shape[0]
@@ -168,19 +173,21 @@ class BoltzmannMarginal(Undirected):
     def __init__(self, machine: BoltzmannMachine, k: int, *, validate_args: bool | None = None) -> None:
         self.machine, self.J, self.b = machine, machine.J, machine.b
         units, check = machine.J.shape[0], machine._validate_args if validate_args is None else validate_args
-        self._begin(machine.batch_shape, machine._part(k), units, machine._given, machine.chains, validate_args=False)
-        self._validate_args = check
+        self._begin(machine.batch_shape, machine._part(k), units, machine._given, machine.chains, machine.max_bits, check)
 
     def free_energy(self, value: Tensor) -> Tensor:
         """F(v), `[...]` of `[..., k]`.
 
         Raises:
-            ValueError: for more than 30 hidden units.
+            ValueError: for more than `max_bits` hidden units.
         """
         value, k, J = value.to(self.J.dtype), self.event_shape[0], self.machine.couplings
-        check_enumerable(J.shape[0] - k, 1, J.dtype, "ContrastiveDivergence, which draws the hidden units,")
+        check_enumerable(
+            J.shape[0] - k, 1, J.dtype, "ContrastiveDivergence, which draws the hidden units,", max_bits=self.max_bits
+        )
         visible = ((value @ J[:k, :k]) * value).sum(-1) / 2 + (value * self.b[..., :k]).sum(-1)
-        return -visible - boltzmann_log_partition(J[k:, k:], self.b[..., k:] + value @ J[:k, k:])
+        biases = self.b[..., k:] + value @ J[:k, k:]
+        return -visible - boltzmann_log_partition(J[k:, k:], biases, max_bits=self.max_bits)
 
     def hidden_given(self, v: Tensor) -> BoltzmannMachine:
         """p(h | v), a Boltzmann machine with biases `[..., n − k]`, of `v [..., k]`."""

@@ -24,7 +24,7 @@ class RBM(Undirected):
 
     p(v, h) ∝ exp(b·v + c·h + v W h) over v in {0, 1}^D and h in {0, 1}^H.
 
-    log Z is exact by enumeration of the smaller side, 2^min(D, H) · max(D, H) operations, up to 30 bits; beyond, give
+    log Z is exact by enumeration of the smaller side, 2^min(D, H) · max(D, H) operations, up to `max_bits`; beyond, give
     `log_partition` (a number, as AIS estimates it) or `chains`, which give learning its gradient (see
     :class:`pyrovae.distributions.undirected.Undirected`). Draws are then states of the chains.
 
@@ -37,6 +37,7 @@ class RBM(Undirected):
         c: hidden biases `[H]`.
         log_partition: log Z, a number or 0-d tensor, where it is known from elsewhere.
         chains: for the gradient of log Z and for draws, instead of enumeration.
+        max_bits: the largest min(D, H) that is enumerated.
         validate_args: check parameters and values; None takes Pyro's setting.
 
     Raises:
@@ -68,6 +69,7 @@ class RBM(Undirected):
         *,
         log_partition: float | Tensor | None = None,
         chains: PersistentChains | None = None,
+        max_bits: int = 30,
         validate_args: bool | None = None,
     ) -> None:
         if W.dim() != 2 or b.shape != W.shape[:1] or c.shape != W.shape[1:] or 0 in W.shape:
@@ -76,7 +78,7 @@ class RBM(Undirected):
                 "for each visible unit"
             )
         self.W, self.b, self.c = W, b, c
-        self._begin(Size(), W.shape[0], min(W.shape), log_partition, chains, validate_args)
+        self._begin(Size(), W.shape[0], min(W.shape), log_partition, chains, max_bits, validate_args)
 
     def free_energy(self, value: Tensor) -> Tensor:
         """F(v) = −b·v − Σ_j softplus(c_j + (v W)_j), `[...]` of `[..., D]`."""
@@ -97,13 +99,15 @@ class RBM(Undirected):
 
         d, h = self.W.shape
         J = torch.cat((torch.cat((self.W.new_zeros(d, d), self.W), 1), torch.cat((self.W.T, self.W.new_zeros(h, h)), 1)))
-        return BoltzmannMachine(J, torch.cat((self.b, self.c)), log_partition=self._given, validate_args=False)
+        return BoltzmannMachine(
+            J, torch.cat((self.b, self.c)), log_partition=self._given, max_bits=self.max_bits, validate_args=False
+        )
 
     @property
     def mean(self) -> Tensor:
         """E[v], exact by enumeration, `[*batch_shape, D]`."""
         self._check_enumerable()
-        return rbm_moments(self.W, self.b, self.c)[1].expand(self.batch_shape + self.event_shape)
+        return rbm_moments(self.W, self.b, self.c, max_bits=self.max_bits)[1].expand(self.batch_shape + self.event_shape)
 
     @property
     def variance(self) -> Tensor:
@@ -126,15 +130,15 @@ class RBM(Undirected):
 
     def _exact_log_partition(self) -> Tensor:
         self._check_enumerable()
-        return rbm_log_partition(self.W, self.b, self.c)
+        return rbm_log_partition(self.W, self.b, self.c, max_bits=self.max_bits)
 
     def _exact_sample(self, sample_shape: Any) -> Tensor:
         self._check_enumerable()
         shape = self._extended_shape(sample_shape)
-        return sample_rbm(self.W, self.b, self.c, shape[:-1].numel())[0].reshape(shape)
+        return sample_rbm(self.W, self.b, self.c, shape[:-1].numel(), max_bits=self.max_bits)[0].reshape(shape)
 
     def _energy(self, states: Tensor) -> Tensor:
         return self.free_energy(states)
 
     def _check_enumerable(self) -> None:
-        check_enumerable(min(self.W.shape), max(self.W.shape), self.W.dtype, INSTEAD)
+        check_enumerable(min(self.W.shape), max(self.W.shape), self.W.dtype, INSTEAD, max_bits=self.max_bits)

@@ -29,6 +29,7 @@ class Undirected(TorchDistribution):
     has_enumerate_support = True
     chains: PersistentChains | None
     partition_is: PartitionIs
+    max_bits: int
     _given: Tensor | None
 
     @property
@@ -141,6 +142,7 @@ class Undirected(TorchDistribution):
         bits: int,
         log_partition: Any,
         chains: PersistentChains | None,
+        max_bits: int,
         validate_args: bool | None,  # noqa: FBT001
     ) -> None:
         """The part of construction that comes after the parameters are set and their shapes checked."""
@@ -157,8 +159,8 @@ class Undirected(TorchDistribution):
             raise ValueError(f"expected a finite log_partition, got {log_partition}; is it that of these parameters?")
         if chains is not None and not isinstance(chains, PersistentChains):
             raise ValueError(f"expected chains=PersistentChains(num_chains, num_sweeps), got {type(chains).__name__}")
-        self._given, self.chains = log_partition, chains
-        exact = chains is None and bits <= MAX_BITS
+        self._given, self.chains, self.max_bits = log_partition, chains, max_bits
+        exact = chains is None and bits <= max_bits
         self.partition_is = "given" if log_partition is not None else "exact" if exact else "unknown"
 
     def _check_finite(self) -> None:
@@ -215,7 +217,6 @@ class _WithoutGradient(torch.autograd.Function):
         )
 
 
-MAX_BITS = 30  # of ops.check_enumerable
 INSTEAD = (
     "chains=PersistentChains(num_chains, num_sweeps) to learn and to draw, or "
     "log_partition=AIS(num_chains, num_temperatures).log_partition(...).log_z to evaluate,"
