@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyrovae.distributions.chains import PersistentChains
 from pyrovae.distributions.undirected import INSTEAD, Undirected
 from pyrovae.ops import boltzmann_log_partition, boltzmann_moments, boltzmann_sweep, check_enumerable, sample_boltzmann
+from pyrovae.ops.states import index_to_codes
 
 
 class BoltzmannMachine(Undirected):
@@ -129,12 +130,24 @@ class BoltzmannMachine(Undirected):
         own = (1,) * (len(self.batch_shape) - len(batch)) + tuple(batch)
         repeats = [full if part == 1 else 1 for full, part in zip(self.batch_shape, own, strict=True)]
         n = sample_shape.numel() * Size(repeats).numel()
-        draws = sample_boltzmann(self.J, self.b, n, max_bits=self.max_bits).reshape(
-            (*sample_shape, *repeats, *own, *self.event_shape)
-        )
+        draws = self._draw(n).reshape((*sample_shape, *repeats, *own, *self.event_shape))
         first, depth = len(sample_shape), len(own)
         pairs = itertools.chain.from_iterable((first + d, first + depth + d) for d in range(depth))
         return draws.permute(*range(first), *pairs, draws.dim() - 1).reshape(self._extended_shape(sample_shape))
+
+    def _draw(self, n: int) -> Tensor:
+        """Independent draws `[n, *batch of b, units]`."""
+        units, rows = self.J.shape[0], self.b[..., 0].numel()
+        if rows == 1 or units > _TABLE_BITS:
+            return sample_boltzmann(self.J, self.b, n, max_bits=self.max_bits)
+        x = index_to_codes(torch.arange(2**units, device=self.b.device), 2, units).to(self.J)
+        pairs = ((x @ self.J) * x).sum(-1) / 2
+        parts = []
+        for b in self.b.reshape(-1, units).split(2 ** (_CHUNK_BITS - units)):  # tables of all states of some rows
+            cumulative = (pairs + b @ x.T).double().softmax(-1).cumsum(-1)
+            u = torch.rand(len(b), n, dtype=torch.float64, device=b.device) * cumulative[:, -1:]
+            parts.append(x[torch.searchsorted(cumulative, u, right=True).clamp_(max=len(x) - 1)])
+        return torch.cat(parts).transpose(0, 1).reshape(n, *self.b.shape)
 
     def _energy(self, states: Tensor) -> Tensor:
         return self.free_energy(states)
@@ -225,6 +238,10 @@ class BoltzmannMarginal(Undirected):
 
     def _visible(self, states: Tensor) -> Tensor:
         return states[..., : self.event_shape[0]]
+
+
+_TABLE_BITS = 14
+_CHUNK_BITS = 21
 
 
 def _check_couplings(J: Tensor) -> None:
