@@ -112,6 +112,7 @@ class LogJoint:
                 if any(set(draw) != set(draws[0]) for draw in draws):
                     return
             take = torch.rand(self.structure.batch_shape, device=self.structure.latents[0].device) < 0.5
+            take.view(-1)[0], take.view(-1)[-1] = True, False  # some of either, however few the rows
             wide, states = self.structure.from_batch(take), {}
             for latent in self.structure.latents:
                 _, first, other = _spots(latent, draws)

@@ -43,7 +43,9 @@ def normal_interval(log_w: Tensor, sigmas: float) -> tuple[Tensor, Tensor]:
     w = torch.exp(log_w - torch.where(none, 0.0, top))
     mean, error = w.mean(0), t * w.std(0) / math.sqrt(count)
     lower = torch.where(error < mean, top + (mean - error).clamp_min(torch.finfo(w.dtype).tiny).log(), -math.inf)
-    lower = torch.where(lower.isneginf(), log_mean_lower_bound(log_w, 1 - tail), lower)
+    unknown = lower.isneginf()
+    if bool(unknown.any()):
+        lower[unknown] = log_mean_lower_bound(log_w[:, unknown], 1 - tail)
     upper = torch.where(none, -math.inf, top + (mean + error).log())
     m, s2 = log_w.mean(0), log_w.var(0)
     cox = m + s2 / 2 + t * (s2 / count + s2**2 / (2 * (count - 1))).sqrt()

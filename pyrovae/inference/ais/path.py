@@ -22,7 +22,7 @@ from pyrovae.inference.mcmc.sweeps import ProgramSweep
 from pyrovae.inference.posterior import States
 from pyrovae.inference.weighing import draw
 
-_PILOT_CHAINS, _PILOT_TEMPERATURES, _WARM_UP = 16, 200, 30
+_PILOT_CHAINS, _PILOT_TEMPERATURES, _PILOT_MOVES, _WARM_UP = 16, 200, 100, 30
 _TARGET, _RATE = 0.65, 0.3  # acceptance that step sizes aim at, and how fast log step sizes follow
 _IMPOSSIBLE = -1e29
 
@@ -102,8 +102,9 @@ class ProgramPath:
             return
         chains = min(num_chains, _PILOT_CHAINS)
         self.start(draw(self.log_joint.program, self.log_joint, chains).states)
-        stride = max(1, len(betas) // _PILOT_TEMPERATURES)
-        ladder = [0.0] * _WARM_UP + list(betas[1:-1:stride]) + [1.0]
+        ladder = [*betas[1 : -1 : max(1, len(betas) // _PILOT_TEMPERATURES)], 1.0]
+        repeats = max(1, _PILOT_MOVES // len(ladder))
+        ladder = [0.0] * _WARM_UP + [beta for beta in ladder for _ in range(repeats)]
         log_step, found = self._steps[0][1], []
         for beta in ladder:
             self._steps = [(beta, log_step)]
@@ -111,7 +112,7 @@ class ProgramPath:
                 self._gibbs(beta)
             log_step = log_step + _RATE * (self._trajectory(beta) - _TARGET)
             found.append((beta, log_step))
-        self._steps = found[_WARM_UP - 1 :]
+        self._steps = found[_WARM_UP - 1 :: repeats]
         self._accepted, self._moves = None, 0
 
     def start(self, states: Mapping[str, Tensor]) -> None:
