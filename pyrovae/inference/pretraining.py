@@ -37,7 +37,7 @@ class GreedyPretraining:
 
     where learning RBM l moves the first term alone: no step that raises it lowers the bound. log p(x) itself may fall.
 
-    * `method=None`: gradient ascent on the exact first term, E_Q taken over all data and all 2^H_l states, with a backtracking
+    * `method=None`: ascent (L-BFGS) on the exact first term, E_Q taken over all data and all 2^H_l states, with a backtracking
       line search from the tied start. The bound never decreases, over all layers; a `RuntimeError` would say otherwise. All
       in float64, for layers h_1 … h_{L−1} of up to `max_bits` units and a bottom RBM whose smaller side has as many.
     * `method=ContrastiveDivergence(…)`, or another learner of RBMs: for any size, on one draw of h_l ~ q for each datum (the

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from pyrovae.distributions import RBM
 from pyrovae.ops import index_to_codes, rbm_log_partition, softplus_sums
 
 _CHUNK = 2**12
+_PAIRS = 10  # that L-BFGS remembers
 _EXACT = 700.0  # softplus(x) = x beyond, to float64
 Tensors = tuple[Tensor, ...]
 
@@ -154,44 +156,59 @@ def _table(logits: Tensor) -> Tensor:
 
 
 def ascend(objective: Callable[..., Tensor], start: Tensors) -> Iterator[tuple[float, Tensors]]:
-    """Conjugate gradients with a backtracking line search (Armijo): the objective never falls. Ends where no step raises it.
+    """L-BFGS with a backtracking line search (Armijo): the objective never falls. Ends where no step raises it.
 
-    The step begins at twice the last one; it is halved until the objective rises by at least 1e-4 of what the slope promises.
+    A step is halved until the objective rises by at least 1e-4 of what the slope promises. Pairs of steps and gradients
+    between which the objective is not concave are left out, so that every direction ascends.
 
     References:
-        Numerical Optimization (Nocedal, Wright, 2006), algorithms 3.1 and 5.4 (Polak-Ribière, restarted where it descends)
+        Numerical Optimization (Nocedal, Wright, 2006), algorithms 3.1 and 7.4
         https://doi.org/10.1007/978-0-387-40065-5
     """
-    found, rate = tuple(t.detach() for t in start), 1.0
-    direction: Tensors = ()
-    previous: Tensors = ()
-    while True:
-        leaves = [t.clone().requires_grad_() for t in found]
+    shapes = [t.shape for t in start]
+    point = torch.cat([t.detach().flatten() for t in start])
+    pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=_PAIRS)  # steps, and the falls of the gradient along them
+
+    def parts(flat: Tensor) -> Tensors:
+        pieces = flat.split([shape.numel() for shape in shapes])
+        return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+    def slope_at(flat: Tensor) -> tuple[float, Tensor]:
         with torch.enable_grad():
-            value = objective(*leaves)
-            gradient = torch.autograd.grad(value, leaves)
-        now = float(value.detach())
-        if direction:
-            turn = _dot(gradient, tuple(g - p for g, p in zip(gradient, previous, strict=True)))
-            weight = max(0.0, turn / _dot(previous, previous))
-            direction = tuple(g + weight * d for g, d in zip(gradient, direction, strict=True))
-        if not direction or not _dot(gradient, direction) > 0:
-            direction = gradient
-        slope = _dot(gradient, direction)
+            leaf = flat.clone().requires_grad_()
+            value = objective(*parts(leaf))
+            (gradient,) = torch.autograd.grad(value, leaf)
+        return float(value.detach()), gradient
+
+    now, gradient = slope_at(point)
+    while True:
+        direction = _newton(gradient, pairs)
+        slope, rate = float(gradient @ direction), 1.0
         if not slope > 0:
             return
         with torch.no_grad():
-            while True:
-                new = tuple(t + rate * d for t, d in zip(found, direction, strict=True))
-                after = float(objective(*new))
-                if after >= now + 1e-4 * rate * slope:
-                    break
+            while not float(objective(*parts(point + rate * direction))) >= now + 1e-4 * rate * slope:
                 rate /= 2
                 if rate * slope < 1e-15 * max(1.0, abs(now)):
                     return
-        found, rate, previous = new, 2 * rate, gradient
-        yield after, found
+        step, before = rate * direction, gradient
+        point = point + step
+        now, gradient = slope_at(point)
+        if float(step @ (before - gradient)) > 0:
+            pairs.append((step, before - gradient))
+        yield now, parts(point)
 
 
-def _dot(a: Tensors, b: Tensors) -> float:
-    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
+def _newton(gradient: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The inverse of the negative Hessian, as the pairs tell it, times the gradient."""
+    kept, direction = list(pairs), gradient.clone()
+    along = []
+    for step, fall in reversed(kept):
+        along.append(step @ direction / (step @ fall))
+        direction -= along[-1] * fall
+    if kept:
+        step, fall = kept[-1]
+        direction *= step @ fall / (fall @ fall)
+    for (step, fall), part in zip(kept, reversed(along), strict=True):
+        direction += (part - fall @ direction / (step @ fall)) * step
+    return direction
