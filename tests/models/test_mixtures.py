@@ -79,9 +79,7 @@ def test_the_m_step_is_the_maximum_of_q_and_the_prior(kind):
     model.m_step(posterior, x)
     best = objective()
     assert best > before + 1e-3
-    for name, gradient in zip(
-        dict(model.named_parameters()), torch.autograd.grad(best, model.parameters()), strict=True
-    ):
+    for name, gradient in zip(dict(model.named_parameters()), torch.autograd.grad(best, model.parameters()), strict=True):
         assert float(gradient.abs().max()) < 1e-8, name
     for parameter in model.parameters():
         for _ in range(3):
@@ -167,6 +165,11 @@ def test_far_from_the_origin():
             assert torch.allclose(scale[order], parts, rtol=1e-6)
 
 
+def start_and_learn(model, x):
+    model.initialize(x)
+    EM(num_iterations=8).fit(model, x)
+
+
 @pytest.mark.parametrize("kind", ["bernoulli", *COVARIANCES])
 def test_empty_and_single_and_constant(kind):
     """One row a component, a component without rows, a constant pixel: numbers and a warning, never NaN."""
@@ -179,12 +182,10 @@ def test_empty_and_single_and_constant(kind):
     assert math.isfinite(log_posterior(model, x))
     flat = make(prior_count=0.0)
     if bits:
-        flat.initialize(x)
-        EM(num_iterations=8).fit(flat, x)
+        start_and_learn(flat, x)
     else:
         with pytest.warns(UserWarning, match="too few rows"):
-            flat.initialize(x)
-            EM(num_iterations=8).fit(flat, x)
+            start_and_learn(flat, x)
     assert math.isfinite(log_posterior(flat, x))
     assert all(torch.isfinite(p).all() for p in flat.parameters())
     # a component that no row belongs to
