@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyrovae.ops.inverse_cdf import draw_pairs
+from pyrovae.ops.once import only_once
 from pyrovae.ops.partition import MAX_BITS, check_enumerable
 from pyrovae.ops.states import index_to_codes
 
@@ -99,8 +99,10 @@ def sample_boltzmann(
     """
     _check(couplings, biases, max_bits, "chains of Gibbs sweeps or pyrovae.inference.ParallelTempering")
     with torch.no_grad():
-        draws = [_Halves(couplings, b[None]).sample(0, n, generator) for b in biases.reshape(-1, biases.shape[-1])]
-        return torch.stack(draws, 1).reshape(n, *biases.shape).to(couplings.dtype)
+        flat = biases.reshape(biases.shape[:-1].numel(), biases.shape[-1])
+        draws = [_Halves(couplings, b[None]).sample(0, n, generator) for b in flat]
+        out = torch.stack(draws, 1) if draws else couplings.new_empty(0)
+        return out.reshape(n, *biases.shape).to(couplings.dtype)
 
 
 _SIDE = 2**9  # rows and columns of a tile
@@ -239,24 +241,28 @@ class _LogPartition(torch.autograd.Function):
         return log_partition.reshape(biases.shape[:-1]).to(couplings.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         couplings, biases, log_partition = ctx.saved_tensors
+        r = grad.detach().reshape(-1).double()
         means, second, start = [], torch.zeros_like(couplings, dtype=torch.float64), 0
-        for b in _chunks(biases):
-            part = slice(start, start + len(b))
-            mean, moments = _Halves(couplings, b).gradient(log_partition[part], grad.reshape(-1)[part].double())
-            means.append(mean)
-            second += moments
-            start += len(b)
-        return second.fill_diagonal_(0.0).to(couplings.dtype) / 2, torch.cat(means).reshape(biases.shape).to(biases.dtype)
+        with torch.no_grad():
+            for b in _chunks(biases):
+                part = slice(start, start + len(b))
+                mean, moments = _Halves(couplings, b).gradient(log_partition[part], r[part])
+                means.append(mean)
+                second += moments
+                start += len(b)
+            second = second.fill_diagonal_(0.0).to(couplings.dtype) / 2
+            mean = torch.cat(means).reshape(biases.shape).to(biases.dtype)
+        gradient = only_once((second, mean), couplings, biases, grad)
+        return gradient[0], gradient[1]
 
 
 def _chunks(biases: Tensor) -> tuple[Tensor, ...]:
     """Biases `[*batch, n]` as parts `[N, n]` whose tables are of bounded size."""
     n = biases.shape[-1]
     step = max(_BATCH_BYTES // (8 * max(n, 1) * min(2 ** ((n + 1) // 2), _SIDE) + 16 * 2 ** ((n + 1) // 2)), 2)
-    return biases.reshape(-1, n).split(step)
+    return biases.reshape(biases.shape[:-1].numel(), n).split(step)
 
 
 def _codes(bits: int, like: Tensor) -> Tensor:

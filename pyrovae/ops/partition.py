@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyrovae.ops.inverse_cdf import draw_pairs
+from pyrovae.ops.once import only_once
 from pyrovae.ops.split_half import Block, Gradient, SplitHalf
 
 MAX_BITS = 30
@@ -256,12 +256,12 @@ class _RbmLogPartition(torch.autograd.Function):
         return log_partition.to(weight.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         log_partition, table, max_bytes = ctx.kept
         weight, visible_bias, hidden_bias = ctx.saved_tensors
-        moments = _Side(weight, visible_bias, hidden_bias, max_bytes).moments(log_partition, table)
-        return *(grad * moment for moment in moments), None
+        with torch.no_grad():
+            moments = _Side(weight, visible_bias, hidden_bias, max_bytes).moments(log_partition, table)
+        return *only_once(tuple(grad * moment for moment in moments), weight, visible_bias, hidden_bias), None
 
 
 class _SoftplusSums(torch.autograd.Function):
@@ -276,15 +276,15 @@ class _SoftplusSums(torch.autograd.Function):
         return out.flatten()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias = ctx.saved_tensors
-        engine = SplitHalf(weight, bias, ctx.max_bytes)
-        gradient = Gradient(engine)
-        grad = grad.reshape(engine.shape)
-        for rows, columns, first, second in engine.tiles():
-            gradient.add(first, second, grad[rows, columns])
-        return *gradient.result(), None, None
+        with torch.no_grad():
+            engine = SplitHalf(weight, bias, ctx.max_bytes)
+            gradient = Gradient(engine)
+            r = grad.reshape(engine.shape)
+            for rows, columns, first, second in engine.tiles():
+                gradient.add(first, second, r[rows, columns])
+        return *only_once(gradient.result(), weight, bias, grad), None, None
 
 
 def _check(weight: Tensor, visible_bias: Tensor, hidden_bias: Tensor, max_bits: int, instead: str) -> None:
