@@ -61,9 +61,11 @@ def coverage() -> list[str]:
     found = [
         f"{MACHINES} RBMs of 20 x 10 for each s, weights and biases N(0, s^2), {CHAINS} chains, {TEMPERATURES} linear "
         "temperatures, float32",
-        f"  interval: 3 sigma, nominal rate of misses {1 - math.erf(3 / math.sqrt(2)):.4f}; sandwich: stated confidence {CONFIDENCE}",
+        f"  interval: 3 sigma, nominal rate of misses {1 - math.erf(3 / math.sqrt(2)):.4f}; sandwich: stated confidence "
+        f"{CONFIDENCE}",
         "  p: probability of so many misses or more at these rates; the test asks for p > 1e-3",
-        "    s   misses (low, high)      p    width   ESS min   sandwich misses      p    its width   reverse - forward   seconds",
+        "    s   misses (low, high)      p    width   ESS min   sandwich misses      p    its width   reverse - forward   "
+        "seconds",
     ]
     for s in SCALES:
         torch.manual_seed(int(10 * s))
@@ -84,8 +86,9 @@ def coverage() -> list[str]:
         nominal = float(binom.sf(low + high - 1, MACHINES, 1 - math.erf(3 / math.sqrt(2))))
         stated = float(binom.sf(outside - 1, MACHINES, 1 - CONFIDENCE))
         found.append(
-            f"  {s:3.1f}   {low + high:6d} ({low}, {high})      {nominal:7.4f}   {statistics.median(widths):.3f}   {min(ess):7.1f}   "
-            f"{outside:10d}     {stated:7.4f}        {statistics.median(wide):.3f}   {statistics.mean(gaps):17.5f}   {seconds:7.0f}"
+            f"  {s:3.1f}   {low + high:6d} ({low}, {high})      {nominal:7.4f}   {statistics.median(widths):.3f}   "
+            f"{min(ess):7.1f}   {outside:10d}     {stated:7.4f}        {statistics.median(wide):.3f}   "
+            f"{statistics.mean(gaps):17.5f}   {seconds:7.0f}"
         )
     return found
 

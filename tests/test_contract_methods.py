@@ -12,6 +12,7 @@ from torch import nn
 
 from pyrovae.guides import AmortizedMeanField, LocalMeanField
 from pyrovae.inference import (
+    AIS,
     MCMC,
     Exact,
     Gibbs,
@@ -50,6 +51,7 @@ METHODS = {
     "Gibbs by program": Row(lambda m: Gibbs(5, 2, 1, max_bytes=0, declared=False), "estimate", False, True, chains=True),
     "GibbsKernel": Row(lambda m: MCMC(GibbsKernel, 10, 2, 1), "estimate", False, True, chains=True),
     "Importance": Row(lambda m: Importance(LocalMeanField(m, ROWS), 40), "lower", True, True, continuous=True),
+    "AIS": Row(lambda m: AIS(40, 10, step_size=0.3, num_leapfrog=3), "lower", True, True, continuous=True),
     "Variational": Row(
         lambda m: Variational(LocalMeanField(m, ROWS), num_guide_steps=2, num_samples=40), "lower", True, True, continuous=True
     ),

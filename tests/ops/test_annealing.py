@@ -1,5 +1,6 @@
 """Weights of annealed chains against sums over all states."""
 
+import itertools
 import math
 
 import pytest
@@ -42,7 +43,7 @@ def test_a_weight_taken_after_the_move_is_noticed():
     w, b, c = rbm()
     path = RbmPath(w, b, c, b)
     chains = _RbmChains(path, (torch.rand(CHAINS, 4) < torch.sigmoid(b)).to(w))
-    for low, high in zip(BETAS[:-1], BETAS[1:], strict=True):
+    for low, high in itertools.pairwise(BETAS):
         chains.move(high)
         chains.weigh(low, high)
     log_z = rbm_log_partition(w, b, c)
@@ -80,7 +81,7 @@ def test_float32_agrees_with_float64():
     betas = torch.linspace(0, 1, 300).tolist()
     v = (torch.rand(50, 4) < 0.5).double()
     coarse, exact = _RbmChains(path, v.float()), _RbmChains(fine, v)
-    for low, high in zip(betas[:-1], betas[1:], strict=True):
+    for low, high in itertools.pairwise(betas):
         coarse.weigh(low, high)
         exact.weigh(low, high)
     assert torch.allclose(coarse.log_w, exact.log_w, atol=1e-5)
