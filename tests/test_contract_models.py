@@ -15,11 +15,14 @@ from pyrovae.handlers import relax
 from pyrovae.inference import Exact, ExactLikelihood, Variational
 from pyrovae.models import (
     DRAW,
+    BernoulliMixture,
     BernoulliVAE,
     BoltzmannMachine,
     CategoricalVAE,
     DeepBeliefNet,
+    GaussianMixture,
     GaussianVAE,
+    HiddenMarkovModel,
     HierarchicalVAE,
     MixedVAE,
     RestrictedBoltzmannMachine,
@@ -38,6 +41,12 @@ MODELS = {
     "BoltzmannMachine, chains": (lambda: BoltzmannMachine(4, 2, max_bits=2, num_chains=10), 4, {"h1": (2,)}),
     "belief_net": (lambda: toy.belief_net(4, 2), 4, {"h1": (2,)}),
     "Mixture": (lambda: toy.Mixture(5, 3), 5, {"z": ()}),
+    "BernoulliMixture": (lambda: BernoulliMixture(5, 3), 5, {"z": ()}),
+    "GaussianMixture": (lambda: GaussianMixture(5, 3), 5, {"z": ()}),
+    "GaussianMixture, diagonal": (lambda: GaussianMixture(5, 3, "diagonal"), 5, {"z": ()}),
+    "GaussianMixture, spherical": (lambda: GaussianMixture(5, 3, "spherical"), 5, {"z": ()}),
+    "HiddenMarkovModel": (lambda: HiddenMarkovModel(2, 3, emission="bernoulli", length=4), (4, 3), {"z": (4,)}),
+    "HiddenMarkovModel, gaussian": (lambda: HiddenMarkovModel(2, 3, emission="gaussian", length=4), (4, 3), {"z": (4,)}),
     "LinearGaussian": (lambda: toy.LinearGaussian(3, 2), 3, {"z": (2,)}),
     "GaussianVAE": (lambda: GaussianVAE(5, 2, (4,), activation="Tanh"), 5, {"z": (2,)}),
     "GaussianVAE, normal": (lambda: GaussianVAE(5, 2, 4, likelihood="normal"), 5, {"z": (2,)}),
@@ -69,6 +78,12 @@ DISCRETE = [
     "BoltzmannMachine",
     "belief_net",
     "Mixture",
+    "BernoulliMixture",
+    "GaussianMixture",
+    "GaussianMixture, diagonal",
+    "GaussianMixture, spherical",
+    "HiddenMarkovModel",
+    "HiddenMarkovModel, gaussian",
     "CategoricalVAE",
     "BernoulliVAE",
     "HierarchicalVAE, discrete",
@@ -85,7 +100,7 @@ def build(name, rows=6):
     with torch.no_grad(), poutine.block():
         x = model(batch_size=rows)
     pyro.clear_param_store()
-    return model, x, width, latents
+    return model, x, width if isinstance(width, tuple) else (width,), latents
 
 
 def trace(model, *args, **kwargs):
@@ -105,10 +120,10 @@ def test_prior_predictive_and_the_sites(name):
     for rows in (1, 4):
         t = trace(model, batch_size=rows)
         assert {k: tuple(t.nodes[k]["value"].shape) for k in [*latents, "x"]} == {
-            k: (rows, *s) for k, s in {**latents, "x": (width,)}.items()
+            k: (rows, *s) for k, s in {**latents, "x": width}.items()
         }
         assert not t.nodes["x"]["is_observed"]
-        assert tuple(t.nodes["_RETURN"]["value"].shape) == (rows, width)
+        assert tuple(t.nodes["_RETURN"]["value"].shape) == (rows, *width)
         frames = t.nodes["x"]["cond_indep_stack"]
         assert [(f.name, f.dim, f.size) for f in frames] == [("data", -1, rows)]
     t = trace(model, x)
@@ -141,7 +156,7 @@ def test_a_minibatch_is_scaled(name):
 @each
 def test_bad_data(name):
     model, _, width, _ = build(name)
-    for bad in (torch.zeros(3, width + 1), torch.zeros(0, width), torch.zeros(width)):
+    for bad in (torch.zeros(3, *width[:-1], width[-1] + 1), torch.zeros(0, *width), torch.zeros(*width)):
         with pytest.raises(ValueError, match="expected data"):
             model(bad)
     with pytest.raises(ValueError, match="batch_size >= 1"):
@@ -154,7 +169,7 @@ def test_predictive_takes_it(name):
     for parallel in (False, True):
         drawn = Predictive(model, num_samples=7, parallel=parallel)(batch_size=3)
         assert {k: tuple(v.shape) for k, v in drawn.items() if k in latents or k == "x"} == {
-            k: (7, 3, *s) for k, s in {**latents, "x": (width,)}.items()
+            k: (7, 3, *s) for k, s in {**latents, "x": width}.items()
         }
 
 
@@ -286,7 +301,7 @@ def test_config_and_state_make_the_model_again(name):
 def test_samples_and_means(name):
     model, x, width, _ = build(name)
     draws, means = model.sample(4), model.sample(4, mean=True)
-    assert draws.shape == means.shape == (4, width)
+    assert draws.shape == means.shape == (4, *width)
     assert not draws.requires_grad
     assert not means.requires_grad
     model.likelihood.check(draws)
