@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = {
     "autoencoder_against_vae": 1000,
     "bayes_rule_digits": 60,
+    "explaining_away": 100,
     "forward_and_reverse_kl": 100,
     "gumbel_softmax_temperature": 1000,
     "hyperprior": 40,
