@@ -23,7 +23,7 @@ from pyrovae.inference import (
     SaulJaakkolaJordan,
     Variational,
 )
-from pyrovae.models import toy
+from pyrovae.models import HiddenMarkovModel, toy
 
 ROWS = 5
 
@@ -64,6 +64,7 @@ MODELS = {
     "bits": (lambda: toy.belief_net(4, 3), {"h1": (3,)}, {"h1": (3,)}),
     "layers": (lambda: toy.belief_net(4, [2, 3]), {"h2": (3,), "h1": (2,)}, {"h2": (3,), "h1": (2,)}),
     "categories": (lambda: toy.Mixture(4, 3), {"z": ()}, {"z": (3,)}),
+    "chain": (lambda: HiddenMarkovModel(3, 4, emission="bernoulli", length=2), {"z": (2,)}, {"z": (2, 3)}),
     "continuous": (lambda: toy.LinearGaussian(4, 2), {"z": (2,)}, {}),
 }
 CASES = [
