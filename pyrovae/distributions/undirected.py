@@ -112,6 +112,19 @@ class Undirected(TorchDistribution):
         """The same with the batch shape of its parameters, before any plate expanded it."""
         return self.expand(self.parameters[-1].shape[:-1])
 
+    def with_log_partition(self, log_partition: float | Tensor) -> Any:
+        """The same with a log Z from elsewhere, such as an estimate of :class:`pyrovae.inference.AIS`.
+
+        Raises:
+            ValueError: for one that is not finite.
+        """
+        value = torch.as_tensor(log_partition).to(self._like)
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"expected a finite log_partition, got {log_partition}; is it that of these parameters?")
+        new = self.expand(self.batch_shape)
+        new._given, new.partition_is = value, "given"
+        return new
+
     # ---- what a family gives ----------------------------------------------------------------------------------------
 
     def _exact_log_partition(self) -> Tensor:
@@ -165,8 +178,8 @@ class Undirected(TorchDistribution):
 
     def _check_finite(self) -> None:
         for name in self.arg_constraints:
-            value = getattr(self, name)
-            if not bool(torch.isfinite(value).all()):
+            value = getattr(self, name).detach()
+            if not math.isfinite(float(value.sum())) and not bool(torch.isfinite(value).all()):  # the sum alone is faster
                 raise ValueError(
                     f"expected finite {name} for {type(self).__name__}, got {int((~torch.isfinite(value)).sum())} infinite or "
                     f"NaN of {value.numel()}; if this came up while learning, lower the step size"

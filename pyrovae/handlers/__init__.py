@@ -4,7 +4,19 @@ from pyrovae.handlers.anneal import scale_kl
 from pyrovae.handlers.declared import declared
 from pyrovae.handlers.measures import check_measures
 from pyrovae.handlers.own_params import Module, own_params
+from pyrovae.handlers.partition import with_log_partition
 from pyrovae.handlers.relax import RelaxReparam, discretize, relax
 from pyrovae.handlers.surrogate import surrogate
 
-__all__ = ["Module", "RelaxReparam", "check_measures", "declared", "discretize", "own_params", "relax", "scale_kl", "surrogate"]
+__all__ = [
+    "Module",
+    "RelaxReparam",
+    "check_measures",
+    "declared",
+    "discretize",
+    "own_params",
+    "relax",
+    "scale_kl",
+    "surrogate",
+    "with_log_partition",
+]

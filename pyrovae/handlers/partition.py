@@ -1,0 +1,70 @@
+"""A program whose undirected distribution has a log Z from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyrovae.distributions.undirected import Undirected
+from pyrovae.handlers.rewrite import innermost
+
+
+class WithLogPartition:
+    """A program with a given log Z; see :func:`with_log_partition`."""
+
+    def __init__(self, program: Callable[..., Any], log_partition: float | Tensor) -> None:
+        self.program, self.log_partition = program, log_partition
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program."""
+        with _Give(self.log_partition) as giver:
+            result = self.program(*args, **kwargs)
+        if len(giver.sites) != 1:
+            raise ValueError(
+                f"expected a program with exactly one site drawn from an RBM or BoltzmannMachine, got {giver.sites or 'none'}; "
+                "there is one log Z to give"
+            )
+        return result
+
+
+def with_log_partition(program: Callable[..., Any], log_partition: float | Tensor) -> WithLogPartition:
+    """Let the RBM or Boltzmann machine that a program draws from score with a given log Z.
+
+    So that what needs a probability takes a program whose log Z cannot be enumerated. What comes out is as good as that log Z:
+    one of :class:`pyrovae.inference.AIS` is too small in expectation, so that log p(x) and bounds of it come out too large.
+    It holds at the present parameters only, and the program then says nothing of its structure to fast routes.
+
+    Args:
+        program: a Pyro program with exactly one site drawn from :class:`pyrovae.distributions.RBM` or `BoltzmannMachine`.
+        log_partition: log Z.
+
+    Returns:
+        A program with the same arguments.
+
+    Example:
+        >>> from pyrovae.inference import AIS, Variational
+        >>> from pyrovae.guides import AmortizedStructured
+        >>> from pyrovae.models import DeepBeliefNet
+        >>> net = DeepBeliefNet(5, [4, 3], max_bits=2)  # a small one that is not enumerated
+        >>> x, log_z = net.sample(6), AIS(num_chains=50, num_temperatures=100).log_partition(net).log_z
+        >>> posterior = Variational(AmortizedStructured(net)).infer(with_log_partition(net, log_z), x)
+        >>> tuple(posterior.log_evidence.shape)
+        (6,)
+    """
+    return WithLogPartition(program, log_partition)
+
+
+class _Give(Messenger):
+    def __init__(self, log_partition: float | Tensor) -> None:
+        super().__init__()
+        self.log_partition = log_partition
+        self.sites: list[str] = []
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(innermost(msg["fn"]), Undirected):
+            self.sites.append(msg["name"])
+            if isinstance(msg["fn"], Undirected):
+                msg["fn"] = msg["fn"].with_log_partition(self.log_partition)
