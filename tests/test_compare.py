@@ -17,7 +17,7 @@ from torch import nn
 from pyrovae import data
 from pyrovae.compare import _verdict, compare, tie_factor
 from pyrovae.guides import AmortizedMeanField
-from pyrovae.inference import EM, Exact, ExactLikelihood, Gibbs, Importance, Variational
+from pyrovae.inference import EM, Exact, ExactLikelihood, Gibbs, Importance, Variational, WakeSleep
 from pyrovae.models import SigmoidBeliefNet, toy
 
 
@@ -55,6 +55,7 @@ def all_kinds(net, guide):
         "EM": EM(Exact(), 2),
         "gradient": Variational(None, ExactLikelihood(), num_steps=3),
         "score": Variational(guide, num_steps=3),
+        "wake-sleep": WakeSleep(guide, num_steps=3),
         "exact": Exact(),
         "Gibbs": Gibbs(10, 2, 2),
         "importance": Importance(guide, 20),

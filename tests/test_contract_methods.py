@@ -22,6 +22,7 @@ from pyrovae.inference import (
     Posterior,
     SaulJaakkolaJordan,
     Variational,
+    WakeSleep,
 )
 from pyrovae.models import HiddenMarkovModel, toy
 
@@ -58,6 +59,7 @@ METHODS = {
     "Variational, amortised": Row(
         lambda m: Variational(AmortizedMeanField(m), num_samples=40), "lower", True, True, continuous=True
     ),
+    "WakeSleep": Row(lambda m: WakeSleep(AmortizedMeanField(m), num_samples=40), "lower", True, True, continuous=True),
     "NUTS": Row(lambda m: MCMC(NUTS, 10, 2, 4), "estimate", False, True, chains=True, continuous=True),
 }
 MODELS = {

@@ -76,6 +76,7 @@ class UpDown:
         steps = {"num_steps": num_steps, "num_epochs": num_epochs, "batch_size": batch_size, "optim": optim}
         self.guide, elbo = guide, TwoPhases(num_particles, num_sweeps=num_sweeps)
         self._variational: Variational = learner("UpDown", guide, elbo, steps | options)
+        self.preprocess = self._variational.preprocess
 
     def fit(self, model: Program, *args: Any, validation: Any = None, resume: bool = False, **kwargs: Any) -> Fit:
         """Learn model and guide, in place.

@@ -83,6 +83,7 @@ class WakeSleep:
         steps = {"num_steps": num_steps, "num_epochs": num_epochs, "batch_size": batch_size, "optim": optim}
         self.guide = guide
         self._variational = learner(type(self).__name__, guide, TwoPhases(num_particles), steps | options)
+        self.preprocess = self._variational.preprocess
 
     def fit(self, model: Program, *args: Any, validation: Any = None, resume: bool = False, **kwargs: Any) -> Fit:
         """Learn model and guide, in place.
