@@ -20,6 +20,7 @@ STEPS = {
     "forward_and_reverse_kl": 100,
     "gumbel_softmax_temperature": 1000,
     "hyperprior": 40,
+    "intractability": 300,
     "know_your_error": 300,
     "nuts_on_your_program": 60,
 }
