@@ -17,6 +17,7 @@ STEPS = {
     "autoencoder_against_vae": 1000,
     "bayes_rule_digits": 60,
     "explaining_away": 100,
+    "deep_belief_net": 12,
     "forward_and_reverse_kl": 100,
     "gumbel_softmax_temperature": 1000,
     "hyperprior": 40,
