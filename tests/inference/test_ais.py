@@ -13,10 +13,9 @@ from pyrovae.compare import compare
 from pyrovae.distributions import RBM, BoltzmannMachine
 from pyrovae.inference import AIS, Exact
 from pyrovae.inference.ais.interval import normal_interval
-from pyrovae.inference.ais.path import ProgramPath
-from pyrovae.inference.ais.posterior import _log_joint
+from pyrovae.inference.ais.posterior import make_path
 from pyrovae.inference.weighing import draw
-from pyrovae.models import RestrictedBoltzmannMachine, toy
+from pyrovae.models import DeepBeliefNet, RestrictedBoltzmannMachine, toy
 
 BETAS = (0.0, 0.2, 0.6, 1.0)
 CHAINS = 3000
@@ -49,11 +48,20 @@ def mixed_evidence(x):
 
 
 def cases():
-    net, layers, mixture, linear = toy.belief_net(4, 3), toy.belief_net(3, [2, 2]), toy.Mixture(4, 3), toy.LinearGaussian(3, 2)
-    exact = Exact()
+    net, layers, mixture, linear = (
+        toy.belief_net(4, 3),
+        toy.belief_net(3, [2, 2]),
+        toy.Mixture(4, 3),
+        toy.LinearGaussian(3, 2, scale=2.0),
+    )
+    exact, deep = Exact(), DeepBeliefNet(4, [3, 2])
+    with torch.no_grad():
+        for parameter in deep.parameters():
+            parameter.normal_()
     return {
         "bits": (net, net.sample(3), lambda x: exact.infer(net, x).log_evidence),
         "layers": (layers, layers.sample(3), lambda x: exact.infer(layers, x).log_evidence),
+        "deep": (deep, deep.sample(3), lambda x: exact.infer(deep, x).log_evidence),
         "categories": (mixture, mixture(batch_size=3).detach(), lambda x: exact.infer(mixture, x).log_evidence),
         "continuous": (linear, linear(batch_size=3).detach(), lambda x: linear.log_evidence(x).detach()),
         "positive, in plates": (skewed, torch.tensor([-1.0, 0.5, 2.0]), lambda x: dist.Normal(0.0, 1.99**0.5).log_prob(x)),
@@ -61,13 +69,17 @@ def cases():
     }
 
 
-NAMES = ["bits", "layers", "categories", "continuous", "positive, in plates", "mixed"]
+NAMES = ["bits", "layers", "deep", "categories", "continuous", "positive, in plates", "mixed"]
 
 
-def weights(model, x, *, step=0.4, after=False):
+def path_of(model, x, *, num_leapfrog=3, step_size=0.4, declared=True):
+    return make_path(AIS(num_leapfrog=num_leapfrog, step_size=step_size, declared=declared), model, (x,), {})
+
+
+def weights(model, x, *, after=False, declared=True):
     """Weights of few temperatures, or, wrongly, those of the states after each move."""
     with torch.no_grad():
-        path = ProgramPath(_log_joint(model, (x,), {}), 3, step)
+        path = path_of(model, x, declared=declared)
         path.start(draw(model, path.log_joint, CHAINS).states)
         if not after:
             return path.forward(BETAS)
@@ -78,24 +90,26 @@ def weights(model, x, *, step=0.4, after=False):
         return log_w
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_mean_weight_is_the_evidence(name):
+ROUTES = [(name, True) for name in NAMES] + [("bits", False), ("layers", False), ("deep", False)]
+
+
+@pytest.mark.parametrize(("name", "declared"), ROUTES)
+def test_the_mean_weight_is_the_evidence(name, declared):
     with pyro.poutine.block():
         model, x, evidence = cases()[name]
-        assert means_agree(torch.exp(weights(model, x) - evidence(x)), torch.ones(3))
-        assert not means_agree(torch.exp(weights(model, x, after=True) - evidence(x)), torch.ones(3))
+        assert means_agree(torch.exp(weights(model, x, declared=declared) - evidence(x)), torch.ones(3))
+        assert not means_agree(torch.exp(weights(model, x, after=True, declared=declared) - evidence(x)), torch.ones(3))
 
 
-@pytest.mark.parametrize("name", ["bits", "categories", "continuous", "mixed"])
-def test_moves_leave_the_tempered_density_invariant(name):
+@pytest.mark.parametrize(("name", "declared"), [route for route in ROUTES if "plates" not in route[0]])
+def test_moves_leave_the_posterior_invariant(name, declared):
     """At β = 1, from exact draws (a model's own latents and data), the moves keep E[z z'], and data stay as likely."""
     with pyro.poutine.block(), torch.no_grad():
         model, _, _ = cases()[name]
         trace = pyro.poutine.trace(model).get_trace(batch_size=CHAINS)
         x = trace.nodes["x"]["value"]
-        log_joint = _log_joint(model, (x,), {})
-        path = ProgramPath(log_joint, 3, 0.4)
-        path.start({s.name: trace.nodes[s.name]["value"][None] for s in log_joint.structure.latents})
+        path = path_of(model, x, declared=declared)
+        path.start({s.name: trace.nodes[s.name]["value"][None] for s in path.structure.latents})
         before = path._likelihood[0].clone()
         for _ in range(3):
             path._move(1.0)
@@ -132,8 +146,8 @@ def test_reverse_weights_of_simulated_data_bound_from_above(name):
         assert float((found.reverse - exact).mean()) > 0 > float((found.forward - exact).mean())
         outside = (exact < found.lower) | (exact > found.upper)
         assert float(outside.double().mean()) <= 1 - found.confidence
-        if name != "bits":  # chains that hardly move, from a state of no interest
-            path = ProgramPath(_log_joint(model, (found.data[:3],), {}), 1, 1e-3)
+        if name == "continuous":  # chains that hardly move, from a state of no interest
+            path = path_of(model, found.data[:3], num_leapfrog=1, step_size=1e-3)
             latents = path.log_joint.structure.latents
             path.start({s.name: torch.zeros(CHAINS, *s.batch_shape, *s.event_shape) for s in latents})
             assert not means_agree(torch.exp(exact[:3] - path.backward(BETAS)), torch.ones(3))
@@ -257,6 +271,9 @@ def test_bad_programs():
         AIS(10, 5).infer(empty, torch.zeros(3))
     with pytest.raises(ValueError, match="rows"):
         AIS(10, 5).infer(together, torch.zeros(3))
+    deep = DeepBeliefNet(4, [3, 2], max_bits=1)
+    with pytest.raises(ValueError, match="expected a prior that can be drawn from exactly"):
+        AIS(10, 5).infer(deep, torch.zeros(3, 4))
     with pytest.raises(ValueError, match="expected a site 'y'"):
         AIS(10, 5).sandwich_simulated(mixed, 3, observation="y")
 

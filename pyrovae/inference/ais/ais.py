@@ -23,7 +23,8 @@ class AIS:
     backwards, for bounds from the other side; there is no such bound without exact draws, so nothing else is offered.
 
     `log_partition` costs num_chains x num_temperatures sweeps, for an RBM of 4 D H operations each. `infer` costs as many
-    sweeps of its latents for every row: finite ones by Gibbs (a model evaluation for each value of each component but one),
+    sweeps of its latents for every row: finite ones by Gibbs (a model evaluation for each value of each component but one, or,
+    where a model declares layers of sigmoid units, a few operations for each weight),
     continuous ones by one trajectory of Hamiltonian Monte Carlo, `num_leapfrog` + 1 gradients. The leapfrogs are Pyro's
     integrator; its HMC kernel accepts or rejects the whole state of all rows and chains at once, so the accept rule is
     applied here, for each row and chain apart.
@@ -40,6 +41,7 @@ class AIS:
         num_leapfrog: leapfrog steps of a trajectory.
         step_size: of the leapfrogs, in unconstrained space; None adapts one to each row and β in a preliminary run of
             separate chains, to accept 65%.
+        declared: take the route of declared layers; False goes by the program's log joint, whatever it declares.
 
     Raises:
         ValueError: for fewer than 2 chains or temperatures, a schedule that does not rise from 0 to 1, and numbers that are
@@ -73,6 +75,7 @@ class AIS:
         sigmas: float = 3.0,
         num_leapfrog: int = 10,
         step_size: float | None = None,
+        declared: bool = True,
     ) -> None:
         if num_chains < 2:
             raise ValueError(f"expected num_chains >= 2, got {num_chains}; one weight has no spread to judge it by")
@@ -82,7 +85,7 @@ class AIS:
             )
         self.betas = inverse_temperatures(schedule, num_temperatures)
         self.num_chains, self.base, self.sigmas = num_chains, base, sigmas
-        self.num_leapfrog, self.step_size = num_leapfrog, step_size
+        self.num_leapfrog, self.step_size, self.declared = num_leapfrog, step_size, declared
 
     @property
     def num_temperatures(self) -> int:

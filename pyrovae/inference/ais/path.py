@@ -16,8 +16,10 @@ from torch.distributions import biject_to
 
 from pyrovae.handlers.structure import Latent, draw_sites
 from pyrovae.inference.elimination import Term
+from pyrovae.inference.layered_net import LayeredNet
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.mcmc.gibbs import check_conditionals
+from pyrovae.inference.mcmc.layer_sweep import LayerSweep
 from pyrovae.inference.mcmc.sweeps import ProgramSweep
 from pyrovae.inference.posterior import States
 from pyrovae.inference.weighing import draw
@@ -28,7 +30,7 @@ _IMPOSSIBLE = -1e29
 
 
 def check_program(log_joint: LogJoint) -> None:
-    """Refuse a program whose rows cannot be annealed apart, in one run for many states.
+    """Refuse a program, not declared, whose rows cannot be annealed apart, in one run for many states.
 
     Raises:
         ValueError: with the reason.
@@ -66,13 +68,14 @@ class ProgramPath:
         log_joint: of a program that :func:`check_program` passed.
         num_leapfrog: leapfrog steps of a trajectory.
         step_size: of the leapfrogs; None to find by :meth:`prepare`.
+        net: the layers that the program declares, a snapshot; None goes by its log joint.
 
     Attributes:
         evaluations: values of log p(x, z) of one datum, so far.
     """
 
-    def __init__(self, log_joint: LogJoint, num_leapfrog: int, step_size: float | None) -> None:
-        self.log_joint, self.structure = log_joint, log_joint.structure
+    def __init__(self, log_joint: LogJoint, num_leapfrog: int, step_size: float | None, net: LayeredNet | None = None) -> None:
+        self.log_joint, self.structure, self._net = log_joint, log_joint.structure, net
         self.finite = [latent for latent in self.structure.latents if latent.finite]
         self.smooth = [latent for latent in self.structure.latents if not latent.finite]
         self.observed = {site.name for site in self.structure.observed}
@@ -83,13 +86,18 @@ class ProgramPath:
         self._steps: list[tuple[float, Tensor]] = [(0.0, torch.full(self.structure.batch_shape, math.log(start)))]
         self.evaluations, self._moves = 0, 0
         self._accepted: Tensor | None = None
-        self._sweep: ProgramSweep | None = None
+        self._sweep: ProgramSweep | LayerSweep | None = None
         self._free: States = {}  # continuous latents in unconstrained space, [K, *batch_shape, *event]
         self._prior = self._likelihood = torch.zeros(())
         self._transforms = {}
         if self.smooth:
             sites = draw_sites(log_joint.program, log_joint.args, log_joint.kwargs, self.structure.subsample)
             self._transforms = {latent.name: biject_to(sites[latent.name].fn.support) for latent in self.smooth}
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether declared layers are swept, not the program."""
+        return self._net is not None
 
     @property
     def acceptance(self) -> Tensor | None:
@@ -119,10 +127,14 @@ class ProgramPath:
         """Set the chains to states `{site: [K, *batch_shape, *event]}`."""
         chains = len(next(iter(states.values())))
         self._free = {s.name: self._transforms[s.name].inv(states[s.name]).detach() for s in self.smooth}
-        if self.finite:
+        codes = {latent.name: latent.encode(states[latent.name]) for latent in self.finite}
+        if self._net is not None:
+            self._sweep = LayerSweep(self._net, self.structure, chains)
+        elif self.finite:
             self._sweep = ProgramSweep(self.log_joint, chains)
             self._sweep.fixed = {latent.name: states[latent.name] for latent in self.smooth}
-            self._sweep.start({latent.name: latent.encode(states[latent.name]) for latent in self.finite})
+        if self._sweep is not None:
+            self._sweep.start(codes)
             self.evaluations += chains * self.rows
         self._evaluate()
 
@@ -130,7 +142,8 @@ class ProgramPath:
         """The present states `{site: [K, *batch_shape, *event]}`."""
         found = {name: self._transforms[name](value) for name, value in self._free.items()}
         if self._sweep is not None:
-            found |= {latent.name: latent.decode(self._sweep.codes[latent.name]) for latent in self.finite}
+            codes = self._sweep.present()
+            found |= {latent.name: latent.decode(codes[latent.name]) for latent in self.finite}
         return found
 
     def forward(self, betas: Sequence[float]) -> Tensor:
@@ -161,6 +174,12 @@ class ProgramPath:
     def _gibbs(self, beta: float) -> None:
         sweep = self._sweep
         assert sweep is not None
+        if isinstance(sweep, LayerSweep):
+            sweep.power = beta
+            sweep.sweep()
+            self.evaluations += sweep.evaluations_per_sweep + sweep.chains * self.rows
+            self._evaluate()
+            return
         sweep.powers = dict.fromkeys(self.observed, beta)
         if self.smooth:
             sweep.fixed = {latent.name: self._transforms[latent.name](self._free[latent.name]) for latent in self.smooth}
@@ -198,6 +217,9 @@ class ProgramPath:
 
     def _evaluate(self) -> None:
         """Log p(z) in unconstrained space and log p(x | z) at the present states, `[K, batch]`."""
+        if isinstance(self._sweep, LayerSweep):
+            self._likelihood = self._sweep.log_likelihood()
+            return
         if not self.smooth and self._sweep is not None:
             self._read(self._sweep.current, self._sweep.chains)
             return

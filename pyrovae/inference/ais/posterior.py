@@ -15,6 +15,7 @@ from pyrovae.handlers.structure import check_all_rows, check_whole_plates, commo
 from pyrovae.inference.ais.partition import Sandwich, warn_of_few
 from pyrovae.inference.ais.path import ProgramPath, check_program
 from pyrovae.inference.draws import DrawsPosterior
+from pyrovae.inference.layered_net import layered_net
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program, States
 from pyrovae.inference.rows import NUMEL, row_numel
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 def infer(ais: AIS, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], begin: float) -> DrawsPosterior:
     """Weighted draws of p(z | x); see :meth:`pyrovae.inference.AIS.infer`."""
     with torch.no_grad():
-        log_joint = _log_joint(model, args, kwargs)
-        path = ProgramPath(log_joint, ais.num_leapfrog, ais.step_size)
+        path = make_path(ais, model, args, kwargs)
+        log_joint = path.log_joint
         path.prepare(ais.betas, ais.num_chains)
         parts, weights = [], []
         for count in _blocks(log_joint, ais.num_chains):
@@ -57,6 +58,7 @@ def infer(ais: AIS, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, 
             "ess": found.ess,
             "pareto_k": found.pareto_k,
             "num_temperatures": len(ais.betas),
+            "route": "layers" if path.by_layers else "program",
             **({"acceptance": path.acceptance} if path.acceptance is not None else {}),
             **({"note": note} if note else {}),
         },
@@ -76,8 +78,8 @@ def sandwich_simulated(
         raise ValueError(f"expected a confidence between 0 and 1, got {confidence}")
     with torch.no_grad():
         x, latents = _simulate(model, batch_size, args, observation)
-        log_joint = _log_joint(model, (x, *args), {})
-        path = ProgramPath(log_joint, ais.num_leapfrog, ais.step_size)
+        path = make_path(ais, model, (x, *args), {})
+        log_joint = path.log_joint
         path.prepare(ais.betas, ais.num_chains)
         forward, reverse = [], []
         for count in _blocks(log_joint, ais.num_chains):
@@ -102,8 +104,8 @@ def sandwich_simulated(
     )
 
 
-def _log_joint(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LogJoint:
-    """The log joint of a program that can be annealed row by row.
+def make_path(ais: AIS, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ProgramPath:
+    """The path of a program that can be annealed row by row; by its declared layers where it has some.
 
     Raises:
         ValueError: if it cannot.
@@ -113,12 +115,19 @@ def _log_joint(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if not structure.latents or not structure.observed:
         what = "latent" if not structure.latents else "observed"
         raise ValueError(f"expected a program with latent and observed sites for AIS, got no {what} one; pass the data")
+    if structure.unnormalized:
+        raise ValueError(
+            f"expected a prior that can be drawn from exactly for AIS, got {structure.unnormalized[0]!r}, whose log Z is "
+            "unknown; estimate that by AIS.log_partition and add it to a bound of Variational"
+        )
     common_scale(structure, "AIS")
     check_whole_plates(structure, "AIS")
     check_all_rows(structure, "AIS")
     one_plate_a_dim(structure, "AIS")
-    check_program(log_joint)
-    return log_joint
+    net = layered_net(model, args, kwargs, structure) if ais.declared else None
+    if net is None:
+        check_program(log_joint)
+    return ProgramPath(log_joint, ais.num_leapfrog, ais.step_size, None if net is None else net.snapshot())
 
 
 def _blocks(log_joint: LogJoint, chains: int) -> list[int]:

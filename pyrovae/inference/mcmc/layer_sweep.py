@@ -29,6 +29,9 @@ class LayerSweep:
         structure: of the program.
         chains: number of chains C.
 
+    Attributes:
+        power: the exponent of p(x | h_1) in the density that the sweeps leave invariant; 1 for the posterior.
+
     References:
         Connectionist learning of belief networks (Neal, 1992)
         https://doi.org/10.1016/0004-3702(92)90065-6
@@ -39,6 +42,7 @@ class LayerSweep:
         self._below = net.x.repeat(chains, 1)  # [C rows, D]
         self._children = [_Children(net, layer) for layer in range(net.depth)]
         self.states: list[Tensor] = []
+        self.power = 1.0
 
     def start(self, codes: Codes) -> None:
         """Set the chains to a state."""
@@ -58,6 +62,11 @@ class LayerSweep:
         shape = (self.chains, len(self.net.x), -1)
         return {site: h.long().reshape(shape) for site, h in zip(self.net.layers.sites, self.states, strict=True)}
 
+    def log_likelihood(self) -> Tensor:
+        """Log p(x | h_1) at the present states, `[C, rows]`."""
+        sent = torch.addmm(self.net.bias(0), self.states[0], self.net.layers.weights[0])
+        return (self._below * sent + logsigmoid(-sent)).sum(-1).reshape(self.chains, -1)
+
     @property
     def evaluations_per_sweep(self) -> int:
         """Conditionals that one sweep of all chains computes: bits x chains x rows."""
@@ -66,10 +75,12 @@ class LayerSweep:
     def _update(self, layer: int) -> None:
         net, h = self.net, self.states[layer]
         below = self._below if layer == 0 else self.states[layer - 1]
-        logits = torch.addmm(net.bias(layer + 1), below, net.layers.weights[layer].T)
+        power = self.power if layer == 0 else 1.0
+        logits = torch.addmm(net.bias(layer + 1), below, net.layers.weights[layer].T, alpha=power)
         if layer + 1 < net.depth:
             logits += self.states[layer + 1] @ net.layers.weights[layer + 1]
         children = self._children[layer]
+        children.power = power
         received = children.receive(h)
         uniform = torch.rand((h.shape[1], len(h)), dtype=h.dtype, device=h.device)
         for j in range(h.shape[1]):
@@ -94,6 +105,7 @@ class _Children:
             weight = torch.cat([weight, net.layers.top_weight], 1)
             bias = torch.cat([bias, net.layers.top_hidden_bias])
             self._widths.append(len(net.layers.top_hidden_bias))
+        self.power = 1.0
         self.weight, self._bias = weight / 2, bias / 2
         limits, largest = torch.finfo(weight.dtype), float(weight.abs().max())
         self._products = limits.eps * math.exp(min(largest, 700.0)) < 1e-4
@@ -106,15 +118,15 @@ class _Children:
         return torch.addmm(self._bias, h, self.weight)
 
     def difference(self, received: Tensor, j: int) -> Tensor:
-        """Σ_i ± [softplus(z_i + W_ji) − softplus(z_i)] where z/2 = `received`, `[R]`."""
+        """Σ_i ± [softplus(z_i + W_ji) − softplus(z_i)] where z/2 = `received`, `[R]`; the children's share times `power`."""
         if not self._products:
             z, w = 2 * received, 2 * self.weight[j]
             change = (logsigmoid(-z) - logsigmoid(-z - w)).split(self._widths, -1)
-            return change[0].sum(-1) - (change[1].sum(-1) if len(change) > 1 else 0.0)
+            return self.power * change[0].sum(-1) - (change[1].sum(-1) if len(change) > 1 else 0.0)
         ratio = torch.tanh(received).mul_(self._slope[j]).add_(self._offset[j])
         total = torch.zeros_like(received[:, 0])
         for part, sign in self._pieces:
-            total.add_(ratio[:, part].prod(-1).log_(), alpha=sign)
+            total.add_(ratio[:, part].prod(-1).log_(), alpha=self.power if sign > 0 else -1.0)
         return total
 
     def _split(self, limit: float) -> list[tuple[slice, int]]:
