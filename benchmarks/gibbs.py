@@ -1,7 +1,8 @@
 """`Gibbs` against numpyro's `DiscreteGibbs` under `jax.vmap` over data and chains, in datum-sweeps per second.
 
     pip install -e '.[benchmark]'
-    python benchmarks/gibbs.py
+    python benchmarks/gibbs.py            # all of it
+    python benchmarks/gibbs.py layers     # only the sweeps of declared layers against the program's log joint
 
 One datum-sweep updates every bit of one datum in one chain once. Both run on one thread (numpyro is faster so here), in
 turn, in one process; compilation and the making of tables are left out on numpyro's side and counted on ours.
@@ -15,15 +16,16 @@ os.environ.setdefault("NPROC", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import statistics
+import sys
 import time
 
 import torch
 from exact import HIDDEN, ROWS, VISIBLE, net, one_layer
-from peers import numpyro_gibbs
 from scipy.stats import t as student_t
 
 from pyrovae.inference import Exact, Gibbs
 from pyrovae.inference.draws import DrawsPosterior
+from pyrovae.models import SigmoidBeliefNet
 
 CHAINS, SWEEPS, REPEATS = 4, 500, 5
 
@@ -54,8 +56,35 @@ def largest_z(max_bytes: int, rows: int) -> tuple[float, float]:
     return z, float(student_t.isf(1e-5 / exact.numel() / 2, chains - 1))
 
 
+def layers_against_program() -> None:
+    """Sweeps of declared layers beside those by the program's log joint, on nets that no table serves."""
+    print(f"torch {torch.__version__}, 1 thread; declared layers against the program's log joint")
+    for visible, hidden, rows, dtype in ((784, [200], 20, torch.float32), (784, [200, 100], 20, torch.float32)):
+        torch.manual_seed(0)
+        model = SigmoidBeliefNet(visible, hidden).to(dtype)
+        x = model.sample(rows)
+        rates: dict[str, list[float]] = {}
+        for repeat in range(REPEATS + 1):  # the first is a warm-up
+            for name, declared, sweeps in (("layers", True, 20), ("program", False, 2)):
+                start = time.perf_counter()
+                posterior = Gibbs(sweeps, CHAINS, 0, max_bytes=0, declared=declared).infer(model, x)
+                rate = CHAINS * rows * sweeps / (time.perf_counter() - start)
+                assert posterior.diagnostics["route"] == name
+                if repeat:
+                    rates.setdefault(name, []).append(rate)
+        shape = "-".join(map(str, (visible, *hidden)))
+        print(f"  {shape} belief net, {str(dtype).removeprefix('torch.')}, {rows} rows, {CHAINS} chains")
+        for name, found in rates.items():
+            middle, low, high = statistics.median(found), min(found), max(found)
+            print(f"    by the {name:<10} {middle:12,.0f} datum-sweeps/s   ({low:,.0f} to {high:,.0f})")
+        pairs = sorted(a / b for a, b in zip(rates["layers"], rates["program"], strict=True))
+        print(f"    layers / program: {statistics.median(pairs):.1f} ({pairs[0]:.1f} to {pairs[-1]:.1f})")
+
+
 def main() -> None:
     """All comparisons."""
+    from peers import numpyro_gibbs
+
     weight, bias, prior, x = net(VISIBLE, HIDDEN, ROWS)
     print(f"torch {torch.__version__}, 1 thread, float64; {VISIBLE}-{HIDDEN} belief net, {ROWS} rows, {CHAINS} chains")
     rates: dict[str, list[float]] = {}
@@ -88,4 +117,6 @@ def main() -> None:
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    main()
+    if sys.argv[1:] != ["layers"]:
+        main()
+    layers_against_program()
