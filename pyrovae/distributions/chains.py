@@ -20,6 +20,10 @@ class PersistentChains(nn.Module):
         num_sweeps: sweeps (all units once) an evaluation.
         units: units of one state: D of an RBM, n of a Boltzmann machine; None takes them from the first distribution.
 
+    Attributes:
+        states: `[num_chains, units]`, in {0, 1}.
+        held: while True, the chains stay where they are.
+
     Raises:
         ValueError: for numbers below 1.
 
@@ -35,13 +39,15 @@ class PersistentChains(nn.Module):
         for name, number in (("num_chains", num_chains), ("num_sweeps", num_sweeps), ("units", 1 if units is None else units)):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"expected an integer {name} >= 1, got {number!r}")
-        self.num_chains, self.num_sweeps = num_chains, num_sweeps
+        self.num_chains, self.num_sweeps, self.held = num_chains, num_sweeps, False
         self.register_buffer("states", torch.empty(0) if units is None else _coins(num_chains, units, torch.empty(0)))
 
     @torch.no_grad()
     def advance(self, distribution: Any) -> Tensor:
         """Move all chains on by `num_sweeps`, and return a copy of their states `[num_chains, units]`."""
         states = self._states(distribution).clone()
+        if self.held:
+            return states
         distribution.sweep(states, self.num_sweeps)
         if self.states.shape == states.shape and self.states.dtype == states.dtype:
             self.states.copy_(states)

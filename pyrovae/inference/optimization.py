@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrovae.distributions import PersistentChains
 from pyrovae.handlers.anneal import scale_kl
 from pyrovae.handlers.energy import warn_of_energies
 from pyrovae.handlers.measures import check_bare, check_changes, check_measures
@@ -104,12 +105,20 @@ class Optimization:
 
     def __enter__(self) -> Optimization:
         self.gradients = [(leaf, leaf.grad) for leaves in self.leaves.values() for leaf in leaves.values()]
+        self._hold_chains(held=not self.learn_model)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give the parameters the gradients back that they had."""
+        self._hold_chains(held=False)
         for leaf, gradient in self.gradients:
             leaf.grad = gradient
+
+    def _hold_chains(self, *, held: bool) -> None:
+        """Let the chains of a model that does not learn stay where they are."""
+        for module in modules_of(self.model):
+            if isinstance(module, PersistentChains):
+                module.held = held
 
     def step(self, step: int) -> float:
         """One gradient step; its loss, the sum over the data.

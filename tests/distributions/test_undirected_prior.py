@@ -11,6 +11,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
+from pyrovae.diagnostics import evaluate
 from pyrovae.distributions import RBM, BoltzmannMachine, PersistentChains, SurrogateBernoulli
 from pyrovae.guides import AmortizedMeanField
 from pyrovae.handlers import Module, relax
@@ -194,11 +195,14 @@ def test_unknown_log_partition_is_told():
     with pytest.warns(UserWarning, match="'z' is drawn from an undirected distribution whose log Z is unknown"):
         Variational(guide, num_steps=2).fit(model, x)
     before = model.chains.states.clone()
-    for method in (Variational(guide, num_samples=5), Importance(guide, num_samples=5)):
+    evaluation = evaluate(model, guide, x, num_particles=20)
+    assert not evaluation.normalized
+    for method in (Variational(guide, num_samples=5, num_guide_steps=2), Importance(guide, num_samples=5)):
         with pytest.warns(UserWarning, match="every reported bound lacks -log Z"):
             method.infer(model, x)
     Gibbs(num_samples=5).infer(model, x)  # needs no log Z
     assert torch.equal(model.chains.states, before)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_relax_refuses_and_names_what_to_do():
