@@ -15,7 +15,7 @@ import torch
 
 from pyrovae import data
 from pyrovae.compare import compare
-from pyrovae.main_job import learning_methods
+from pyrovae.main_job import FAMILIES, Task
 from pyrovae.models import SigmoidBeliefNet
 
 
@@ -24,7 +24,8 @@ def main(num_seeds: int = 5, budget: float = 1.0, names: str = "") -> None:
     train, test = (data.load("digits", split=split, binarize="threshold") for split in ("train", "test"))
     torch.manual_seed(2026)
     net = SigmoidBeliefNet(train.shape[1], 8)
-    methods = learning_methods(net, len(train), budget, 0.1)
+    task = Task(net, len(train), budget, 0.1)
+    methods = {name: make(task) for name, make in FAMILIES["sbn"].learners.items()}
     found = compare(
         net,
         train,

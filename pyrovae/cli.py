@@ -48,10 +48,28 @@ def main(
 @app.command("compare")
 def compare_command(
     data: Annotated[
-        str, typer.Option(help="Data set: digits, bars_and_stripes, labelled_shifter, mnist or fashion_mnist.")
-    ] = "digits",
-    model: Annotated[str, typer.Option(help="Family of models: sbn, a sigmoid belief net.")] = "sbn",
-    hidden: Annotated[str, typer.Option(help="Hidden units; one number a layer from the data upwards, as in 8,4.")] = "8",
+        str | None,
+        typer.Option(
+            help="Data set: digits, bars_and_stripes, labelled_shifter, mnist or fashion_mnist.  "
+            "[default: digits; bars_and_stripes for bm]",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Family: sbn (sigmoid belief net), dbn (deep belief net), rbm (restricted Boltzmann machine), bm (Boltzmann "
+            "machine), mixture (of Bernoullis) or hmm (hidden Markov model of an image's rows)."
+        ),
+    ] = "sbn",
+    hidden: Annotated[
+        str | None,
+        typer.Option(
+            help="Hidden units, one number a layer from the data upwards, as in 8,4; components; or states.  "
+            "[default: sbn 8, dbn 8,16, rbm 12, bm 4, mixture 10, hmm 6]",
+            show_default=False,
+        ),
+    ] = None,
     methods: Annotated[str, typer.Option(help="Methods, with commas between; the list stands below.")] = "all",
     budget: Annotated[
         str, typer.Option(help="small, default, large, or a factor for every number of steps and draws, as in 0.5.")
@@ -60,8 +78,13 @@ def compare_command(
         str, typer.Option(help="How many seeds, as in 5, or which, as in 0,1,2. Errors are then over seeds.")
     ] = "1",
     penalty: Annotated[
-        float, typer.Option(help="Precision of the Gaussian prior on every parameter, shared by all learners.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            help="Precision of the Gaussian prior on every parameter, shared by all learners.  "
+            "[default: 0.1; mixture and hmm have priors of their own]",
+            show_default=False,
+        ),
+    ] = None,
     rows: Annotated[int | None, typer.Option(help="Use at most this many rows of each split.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch; the tensors are small, and more than one gains little.")] = 1,
     output: Annotated[Path, typer.Option(help="Folder for the report; made or updated.")] = Path("pyrovae-report"),
@@ -73,9 +96,11 @@ def compare_command(
     enumeration where it fits, not by what a method says of itself. Tables are printed; the folder gets report.html, CSV,
     JSON, Markdown, plots, and each posterior as netCDF for ArviZ.
 
-    Learners: exact EM, exact gradient, Monte-Carlo EM, variational EM, score function, relaxation.
+    Learners of sbn: exact EM, exact gradient, Monte-Carlo EM, variational EM, wake-sleep, score function, relaxation. Of dbn:
+    exact gradient, greedy, greedy with up-down, score function. Of rbm and bm: exact gradient, CD-1, PCD-1, PCD-10; of rbm
+    also tempering. Of mixture and hmm: exact EM, exact gradient, Monte-Carlo EM; of mixture also score function.
 
-    Inference: exact, Gibbs, mean field, local VI, amortised VI, importance.
+    Inference: exact, Gibbs, mean field, Saul-Jaakkola-Jordan, local VI, AIS, amortised VI, importance, where they apply.
 
     Computed in float64 on one thread. With no options: a sigmoid belief net with 8 hidden units learns 1437
     scans of digits; about a minute.
@@ -87,6 +112,8 @@ def compare_command(
       pyrovae compare --data bars_and_stripes --budget small
 
       pyrovae compare --methods "exact EM,relaxation,exact,Gibbs" --seeds 5
+
+      pyrovae compare --model rbm --data bars_and_stripes --hidden 8
     """
     with clear_errors(f"load it once with pyrovae.data.load({data!r}, download=True) in Python"):
         check_threads(threads)
@@ -99,7 +126,7 @@ def compare_command(
         try:
             with own_process(threads, torch.float64):
                 job = _run(main_job, settings, quiet=quiet)
-                path = report.write_report(job.comparisons, output, _heading(settings), samples=job.samples, notes=job.notes)
+                path = report.write_report(job.comparisons, output, _heading(job), samples=job.samples, notes=job.notes)
         except KeyboardInterrupt:
             Console(stderr=True, highlight=False).print("Interrupted; nothing was written.")
             raise typer.Exit(130) from None
@@ -109,16 +136,22 @@ def compare_command(
 
 
 def _settings(
-    data: str, model: str, hidden: str, methods: str, budget: str, seeds: str, penalty: float, rows: int | None
+    data: str | None,
+    model: str,
+    hidden: str | None,
+    methods: str,
+    budget: str,
+    seeds: str,
+    penalty: float | None,
+    rows: int | None,
 ) -> Settings:
     from pyrovae.data import NAMES
     from pyrovae.main_job import BUDGETS, Settings, parse_methods
 
-    if data not in NAMES:
+    if data is not None and data not in NAMES:
         raise ValueError(f"expected --data to be a known data set, got {data!r}; choose from: {', '.join(NAMES)}")
-    if model != "sbn":
-        raise ValueError(f"expected --model to be a known family, got {model!r}; choose from: sbn")
-    sizes = integers("--hidden", hidden, least=1)
+    chosen_methods = parse_methods(methods, model)
+    sizes = None if hidden is None else integers("--hidden", hidden, least=1)
     if budget in BUDGETS:
         factor = BUDGETS[budget]
     else:
@@ -137,12 +170,19 @@ def _settings(
         raise ValueError(
             f"expected --seeds to be a count of at least 1 or a list of different seeds, got {seeds!r}; write 5, or 0,1,2"
         )
-    if not 0 <= penalty < float("inf"):
+    if penalty is not None and not 0 <= penalty < float("inf"):
         raise ValueError(f"expected --penalty of at least 0, got {penalty}; 0 is no penalty")
     if rows is not None and rows < 2:
         raise ValueError(f"expected --rows of at least 2, got {rows}; leave it out for all rows")
     return Settings(
-        data=data, hidden=sizes, methods=parse_methods(methods), budget=factor, seeds=chosen, penalty=penalty, rows=rows
+        family=model,
+        data=data,
+        hidden=sizes,
+        methods=chosen_methods,
+        budget=factor,
+        seeds=chosen,
+        penalty=penalty,
+        rows=rows,
     )
 
 
@@ -159,9 +199,11 @@ def _run(main_job: Any, settings: Settings, *, quiet: bool) -> MainJob:
         return main_job.run(settings, progress)
 
 
-def _heading(settings: Settings) -> str:
-    units = "-".join(map(str, settings.hidden))
-    return f"Sigmoid belief net with {units} hidden units on {settings.data.replace('_', ' ')}"
+def _heading(job: MainJob) -> str:
+    from pyrovae.main_job import heading
+
+    words = heading(job.settings, job.train)
+    return f"{words[0].upper()}{words[1:]} on {str(job.settings.data).replace('_', ' ')}"
 
 
 def _without_error(text: str) -> str:

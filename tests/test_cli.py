@@ -35,7 +35,7 @@ class TestWhole:
     def test_output(self, whole):
         result, folder = whole
         assert result.exit_code == 0, result.output
-        for name in main_job.LEARNERS + main_job.INFERENCE:
+        for name in main_job.FAMILIES["sbn"].methods:
             assert name in result.stdout
         assert all(mark in result.stdout for mark in ("= -", "≥ -", "≈ "))
         assert result.stdout.rstrip().splitlines()[-1] == f"Report: {folder / 'report.html'}"
@@ -49,7 +49,8 @@ class TestWhole:
         _, folder = whole
         names = {p.name for p in folder.iterdir()}
         assert {"report.html", "learning.csv", "inference.csv", "comparison.json", "comparison.md", "samples.png"} <= names
-        assert len(list((folder / "posteriors").iterdir())) == len(main_job.INFERENCE)
+        family = main_job.FAMILIES["sbn"]
+        assert len(list((folder / "posteriors").iterdir())) == len(family.inferers) + len(family.guided)
         text = (folder / "report.html").read_text()
         assert "penalty" in text
         assert "float64" in text
@@ -75,11 +76,35 @@ def test_some_methods(runner, tmp_path):
     assert "score function" not in text
 
 
+TINY_FAMILIES = {
+    "dbn": ["--hidden", "3,4"],
+    "rbm": ["--hidden", "3"],
+    "bm": ["--hidden", "2"],
+    "mixture": ["--hidden", "3"],
+    "hmm": ["--hidden", "2"],
+}
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_families(runner, tmp_path, family):
+    tiny = ["--data", "bars_and_stripes", "--rows", "30", "--budget", "0.003", *TINY_FAMILIES[family]]
+    result = runner.invoke(app, ["compare", "--model", family, *tiny, "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    known = main_job.FAMILIES[family]
+    for name in known.methods:
+        assert name in result.stdout
+    assert f"on the model that {known.reference} learned" in " ".join(result.stdout.split())
+    assert " nan" not in result.stdout.lower()
+    assert max(map(len, result.stdout.rstrip().splitlines()[:-1])) <= 80
+    page = (tmp_path / "report.html").read_text()
+    assert known.title.lower() in page.lower()
+
+
 def test_inference_alone(runner, tmp_path):
     result = runner.invoke(app, ["compare", *TINY, "--methods", "mean field", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "Learning" not in result.stdout
-    assert "on the net that exact EM learned" in " ".join(result.stdout.split())
+    assert "on the model that exact EM learned" in " ".join(result.stdout.split())
 
 
 def test_one_seed_one_result():
@@ -118,6 +143,10 @@ def test_version_and_missing_word(runner):
     [
         (["--data", "cifar"], "choose from: digits"),
         (["--model", "vae"], "choose from: sbn"),
+        (["--model", "rbm", "--hidden", "4,3"], "expected 1 number as --hidden for rbm"),
+        (["--model", "dbn", "--hidden", "4"], "expected 2 or more numbers as --hidden for dbn"),
+        (["--model", "mixture", "--penalty", "0.1"], "priors of its own"),
+        (["--model", "rbm", "--methods", "exact EM"], "of rbm, got 'exact EM'; choose from: exact gradient"),
         (["--hidden", "0"], "--hidden"),
         (["--hidden", "eight"], "--hidden"),
         (["--methods", "exact EM,magic"], "got 'magic'; choose from: exact EM"),
@@ -130,7 +159,7 @@ def test_version_and_missing_word(runner):
         (["--penalty", "nan"], "--penalty"),
         (["--rows", "0"], "--rows"),
         (["--threads", "0"], "--threads"),
-        (["--data", "bars_and_stripes", "--hidden", "40", "--methods", "exact"], "joint states"),
+        (["--data", "bars_and_stripes", "--hidden", "40", "--methods", "exact"], "2^40 codes"),
     ],
 )
 def test_bad_input(runner, tmp_path, arguments, words):
@@ -153,16 +182,17 @@ def test_missing_files(runner, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "words"), [(14, "joint states x rows, more than 8,388,608.*--methods"), (40, "do not fit and were left out")]
+    ("hidden", "words"),
+    [(22, "evaluations of log p.x, z., more than 8,388,608.*--methods"), (40, "do not fit and were left out")],
 )
 def test_left_out(hidden, words):
     """Waiting is advised only where it would help."""
     settings = main_job.Settings(data="digits", hidden=(hidden,))
     train, _ = main_job.load(settings)
-    methods, (note,) = main_job._choose(settings, SigmoidBeliefNet(64, hidden), train)
+    methods, (note,) = main_job.choose(settings, SigmoidBeliefNet(64, hidden), train)
     assert "exact EM" not in methods
     assert re.search(words, note)
-    assert ("--methods" in note) == (hidden == 14)
+    assert ("--methods" in note) == (hidden == 22)
 
 
 def test_unwritable(runner, tmp_path, monkeypatch):
@@ -179,7 +209,7 @@ def test_interrupted(runner, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for target in ("pyrovae.main_job._trained_guide", "pyrovae.plots.marginals"):
+    for target in ("pyrovae.main_job.job._trained_guide", "pyrovae.plots.marginals"):
         with monkeypatch.context() as patch:
             patch.setattr(target, interrupted)
             result = runner.invoke(app, ["compare", *TINY, "--output", str(tmp_path / "out")])
