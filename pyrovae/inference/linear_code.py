@@ -45,14 +45,11 @@ class LinearCodeRoute:
         """Whether the program's sites are the record's, and a table of all first-layer codes fits in memory.
 
         Raises:
-            ValueError: for parameters that are not finite; for a table or a sum too large for the generic way too.
+            ValueError: for a table or a sum too large for the generic way too.
         """
         x, structure = task.args[0], task.structure
         if x.dim() != 2 or {site.name for site in structure.latents} != set(record.sites):
             return False
-        for name, tensor in _named(record):
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"expected finite parameters, got NaN or infinity in {name} of the net; start it anew")
         sizes = [weight.shape[0] for weight in record.weights]
         size, seconds = 40.0 * 2.0 ** max(sizes), _work(record, len(x)) / _PER_SECOND
         if size <= task.max_bytes and seconds <= _MAX_SECONDS:
@@ -113,6 +110,17 @@ class LinearCodeRoute:
             total += 2**units + rows * (2 ** (units // 2) + 2 ** (units - units // 2))
             rows = 2**units
         return total
+
+
+def check_finite(record: SigmoidLayers) -> None:
+    """Refuse a net with parameters that are not finite.
+
+    Raises:
+        ValueError: with the name of one.
+    """
+    for name, tensor in _named(record):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"expected finite parameters, got NaN or infinity in {name} of the net; start it anew")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -19,7 +19,7 @@ from pyrovae.handlers.own_params import OwnedProgram
 from pyrovae.handlers.structure import Structure, read_structure
 from pyrovae.inference.chain import ChainRoute
 from pyrovae.inference.factorial import FactorialRoute
-from pyrovae.inference.linear_code import LinearCodeRoute
+from pyrovae.inference.linear_code import LinearCodeRoute, check_finite
 from pyrovae.inference.posterior import Posterior, Program
 
 
@@ -51,8 +51,8 @@ class Route(Protocol):
         """Whether the route serves this task; False sends it to the generic enumeration.
 
         Raises:
-            ValueError: for weights that are not finite; and where the generic way would not do either, with the bytes and
-                seconds that the task would take and the method to use instead.
+            ValueError: where the generic way would not do either, with the bytes and seconds that the task would take and the
+                method to use instead.
         """
 
     def infer(self, record: Any, task: Task) -> Posterior:
@@ -114,6 +114,8 @@ def find_route(
     names = [name for name in ROUTES if _declares(model, name)]
     if not names or not args or not isinstance(args[0], Tensor):
         return None
+    if "layers" in names and (record := declared(model, "layers")) is not None:
+        check_finite(record)  # before the program runs into them
     with torch.no_grad():
         structure = read_structure(model, args, kwargs)
     if not _plain(structure):

@@ -226,7 +226,7 @@ def test_infer_changes_nothing_of_the_users(name, walk, monkeypatch):
 def test_small_memory_walks_in_chunks_and_agrees():
     net = toy.belief_net(6, [5, 4])
     x = net.sample(7)
-    whole, parts = Exact().infer(net, x), Exact(max_bytes=12_000).infer(net, x)
+    whole, parts = (Exact(max_bytes=size, declared=False).infer(net, x) for size in (2**30, 12_000))
     assert len(whole.enumeration.chunks) == 1
     assert len(parts.enumeration.chunks) > 3
     for a, b in zip(_snapshot(parts, lambda s: s["h1"].sum(-1)), _snapshot(whole, lambda s: s["h1"].sum(-1)), strict=True):
@@ -248,7 +248,7 @@ def test_memory_of_weights_is_bounded():
     """Marginals of a deep layer need [h1, h2, rows] at a time: walked in pieces, not made at once."""
     net = toy.belief_net(4, [6, 6])
     x = net.sample(64)
-    posterior = Exact(max_bytes=2**21).infer(net, x)
+    posterior = Exact(max_bytes=2**21, declared=False).infer(net, x)
     assert len(posterior.enumeration.chunks) == 1
     sizes = [max(w.numel() for w in weights.values()) * 8 for _, weights in posterior.site_weights()]
     assert len(sizes) > 1
