@@ -145,8 +145,8 @@ class ContrastiveDivergence:
     def fit(self, model: Any, x: Tensor, *, validation: Tensor | None = None) -> Fit:
         """Learn the model's parameters in place.
 
-        Warns where chains have not mixed at the end: by R-hat of their free energies over 100 further sweeps, or, tempered, by
-        exchanges and round trips.
+        Warns where chains have not mixed at the end: by R-hat of their energies over 20 to 100 further sweeps (a twentieth of
+        those of the run), or, tempered, by exchanges and round trips.
 
         Args:
             model: with a method `distribution()`, or a program whose data are drawn from an RBM or Boltzmann machine.
@@ -329,13 +329,14 @@ class _Run:
         if not isinstance(self.negative, Persistent):
             return {}
         chains, energies = self.negative.chains, []
-        for _ in range(_SWEEPS):
+        sweeps = min(100, max(20, self.num_steps * self.method.k // 20))
+        for _ in range(sweeps):
             chains.sweep(distribution)
             energies.append(chains.energy(distribution))
         rhat = float(split_rhat(torch.stack(energies, 1).double()))
         if rhat > _RHAT:
             warnings.warn(
-                f"the persistent chains have not mixed: R-hat of their energies over {_SWEEPS} sweeps at the last parameters "
+                f"the persistent chains have not mixed: R-hat of their energies over {sweeps} sweeps at the last parameters "
                 f"is {rhat:.2f}, above {_RHAT}; the gradient was that of where they were, not of the model; use a falling "
                 "learning rate, a larger k, or negative=ParallelTempering(...)",
                 stacklevel=5,
@@ -382,4 +383,4 @@ def _check_bits(x: Tensor) -> None:
         raise ValueError(f"expected x in {{0, 1}}, got {got}; scale to [0, 1] and pass preprocess=pyrovae.data.binarize")
 
 
-_SWEEPS, _RHAT = 100, 1.1
+_RHAT = 1.1

@@ -14,7 +14,7 @@ from pyrovae.distributions.rbm import RBM
 from pyrovae.distributions.undirected import Undirected
 from pyrovae.inference.block_chains import Colours, parameters
 from pyrovae.inference.negative_phase import NegativePhase
-from pyrovae.ops import boltzmann_moments, boltzmann_sweep, rbm_moments, sample_boltzmann
+from pyrovae.ops import boltzmann_moments, boltzmann_sweep, index_to_codes, rbm_moments
 
 SLIDE = 0.01  # of the running means, as in Melchior et al.
 CLAMPED_BITS = 10  # up to which hidden units are summed out exactly in a Boltzmann machine's positive phase
@@ -147,10 +147,12 @@ class BoltzmannGradient:
             return x.t() @ x / rows, x.mean(0), x
         inner, field = couplings[k:, k:], bias[k:] + x @ couplings[:k, k:]
         if len(bias) - k <= CLAMPED_BITS:
-            hh, h = boltzmann_moments(inner, field)
-            vh = x.t() @ h / rows
-            second = torch.cat([torch.cat([x.t() @ x / rows, vh], 1), torch.cat([vh.t(), hh.mean(0)], 1)])
-            state = torch.cat([x, sample_boltzmann(inner, field, 1)[0]], 1)
+            codes = index_to_codes(torch.arange(2 ** len(inner), device=x.device), 2, len(inner)).to(x.dtype)
+            p = (field @ codes.t() + ((codes @ inner) * codes).sum(1) / 2).softmax(1)  # p(h | x), [B, 2^H]
+            h = p @ codes
+            vh, hh = x.t() @ h / rows, codes.t() @ (p.mean(0).unsqueeze(-1) * codes)
+            second = torch.cat([torch.cat([x.t() @ x / rows, vh], 1), torch.cat([vh.t(), hh], 1)])
+            state = torch.cat([x, codes[torch.multinomial(p, 1).squeeze(1)]], 1)
             return second, torch.cat([x.mean(0), h.mean(0)]), state
         if self._hidden is None:
             self._hidden = torch.rand(self.num_data, len(bias) - k, device=x.device) < 0.5

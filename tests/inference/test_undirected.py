@@ -53,7 +53,7 @@ def test_a_program():
 
 def test_what_has_no_energy_is_refused():
     p = rbm()
-    with pytest.raises(ValueError, match="exactly one site .* got none"):
+    with pytest.raises(ValueError, match=r"exactly one site .* got none"):
         energy_of(toy.belief_net(4, 3))
 
     def two():
