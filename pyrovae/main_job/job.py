@@ -165,8 +165,8 @@ def choose(settings: Settings, model: Any, train: Tensor) -> tuple[tuple[str, ..
     if evaluations is None:
         return kept, [f"{what} are more than enumeration can hold, so {named} do not fit and were left out."]
     return kept, [
-        f"{what} take {evaluations:,} evaluations of log p(x, z), more than {MAX_EVALUATIONS:,}, so {named} were left out; name "
-        "them with --methods to wait for them."
+        f"{what} take {evaluations:,} evaluations of log p(x, z), more than {MAX_EVALUATIONS:,}, so {named} were left out; "
+        "name them with --methods to wait for them."
     ]
 
 
