@@ -386,12 +386,31 @@ def test_refused(name):
     torch.manual_seed(0)
     program, *args = build()
     before = torch.get_rng_state()
-    for method in (lambda: Exact().infer(program, *args), lambda: ExactLikelihood().loss(program, None, *args)):
+    methods = [lambda: Exact().infer(program, *args)]
+    if build is not no_latents:  # which has a likelihood all the same
+        methods.append(lambda: ExactLikelihood().loss(program, None, *args))
+    for method in methods:
         start = time.process_time()
         with pytest.raises(ValueError, match=sentence):
             method()
         assert time.process_time() - start < 10  # CPU seconds on a loaded machine; half a second on an idle one
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_likelihood_of_a_program_without_latents():
+    program, x = no_latents()
+    x, J = x + 0.3, torch.tensor(1.5, requires_grad=True)
+    expected = dist.Normal(0.0, 1.0).log_prob(x).sum()
+    assert torch.allclose(ExactLikelihood().loss(program, None, x), -expected)
+    assert torch.allclose(ExactLikelihood().loss(poutine.scale(program, scale=2.0), None, x), -2 * expected)
+
+    def learned(x):
+        with pyro.plate("data", 10, subsample=torch.tensor([0, 3])):
+            pyro.sample("x", dist.Normal(J, 1.0), obs=x)
+
+    loss = ExactLikelihood().differentiable_loss(learned, None, x)
+    assert torch.allclose(loss, -5 * dist.Normal(1.5, 1.0).log_prob(x).sum())  # 2 of 10 rows
+    assert torch.allclose(torch.autograd.grad(loss, J)[0], -5 * (x - 1.5).sum())
 
 
 def test_the_sentences_tell_programs_apart():
