@@ -78,9 +78,10 @@ class SplitHalf:
         for run in self._runs:
             x = torch.addmm(run.offset[half][:, None], run.weight[half].T, codes)  # [units of the run, S]
             if run.group:
+                x = x.to(self.dtype)
                 top = x.clamp(min=0)
-                scale += top.sum(0)
-                parts.append(_features(x, top, run.group, self.dtype))
+                scale += top.sum(0, dtype=torch.float64)
+                parts.append(_features(x, top, run.group))
             else:
                 parts.append(x)
         return Block(codes, scale, parts)
@@ -227,10 +228,10 @@ def _cuts(widths: list[float], group: int, dtype: torch.dtype) -> list[list[tupl
     return cuts
 
 
-def _features(x: Tensor, top: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+def _features(x: Tensor, top: Tensor, group: int) -> Tensor:
     """e^{Σ_{i∈S} x_i} / Π_i max(1, e^{x_i}) for the subsets S of every group, `[groups, 2^g, S]`; x, top `[units, S]`."""
-    pairs = torch.empty(2, *x.shape, dtype=dtype, device=x.device)
-    torch.mul(top, -1, out=pairs[0])
+    pairs = x.new_empty(2, *x.shape)
+    torch.neg(top, out=pairs[0])
     torch.sub(x, top, out=pairs[1])
     pairs = pairs.exp_().reshape(2, -1, group, x.shape[1]).transpose(0, 1)  # [groups, 2, g, S]
     features = pairs[:, :, 0]
@@ -256,17 +257,20 @@ def _product(a: Tensor, b: Tensor, cuts: list[tuple[int, int]]) -> Tensor:
     rows, columns = a.shape[2], b.shape[2]
     step = max(_BATCH // (rows * columns), 1)
     buffer = a.new_empty(rows, columns)
+    a = a.mT  # [groups, rows, 2^g]
+    base, end = cuts[0][0], cuts[-1][1]
+    each = list(zip(a[base:end].unbind(), b[base:end].unbind(), strict=True))
     product: Tensor | None = None
     for start, stop in cuts:
         if rows * columns <= _SMALL:
             inner = a.new_ones(rows, columns)
             for k in range(start, stop, step):
-                inner *= (a[k : min(k + step, stop)].mT @ b[k : min(k + step, stop)]).prod(0)
+                inner *= (a[k : min(k + step, stop)] @ b[k : min(k + step, stop)]).prod(0)
         else:
-            inner = a[start].T @ b[start]
-            for k in range(start + 1, stop):
-                torch.mm(a[k].T, b[k], out=buffer)
-                inner *= buffer
+            inner = torch.mm(*each[start - base])
+            for left, right in each[start + 1 - base : stop - base]:
+                torch.mm(left, right, out=buffer)
+                inner.mul_(buffer)
         product = inner.double() if product is None else product.mul_(inner)
     assert product is not None
     return product
