@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from pyro import poutine
-
-from pyrovae.handlers import own_params
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.fit import Fit
 from pyrovae.inference.posterior import Program
 from pyrovae.inference.schedules import Optimizer
 from pyrovae.inference.variational import Variational
-from pyrovae.inference.wake_sleep import TwoPhases, learn, learner, undirected_latents
-from pyrovae.ops import isolated_rng
+from pyrovae.inference.wake_sleep import TwoPhases, learn, learner
 
 
 class UpDown:
@@ -91,14 +86,6 @@ class UpDown:
         Raises:
             ValueError: without such a latent, and for what :meth:`pyrovae.inference.WakeSleep.fit` refuses.
         """
-        prepared = self._variational._prepared(args)
-        with isolated_rng(), torch.no_grad(), poutine.block():
-            drawn = poutine.trace(own_params(self.guide)).get_trace(*prepared, **kwargs)
-            met = poutine.trace(poutine.replay(own_params(model), trace=drawn)).get_trace(*prepared, **kwargs)
-        if not undirected_latents(met):
-            raise ValueError(
-                "expected a model with a latent drawn from an RBM for UpDown, got none; use WakeSleep, which needs none"
-            )
         return learn(self._variational, model, args, kwargs, validation=validation, resume=resume)
 
     def infer(self, model: Program, *args: Any, **kwargs: Any) -> DrawsPosterior:

@@ -16,8 +16,9 @@ from torch import Tensor
 from pyrovae.distributions.undirected import Undirected
 from pyrovae.handlers.rewrite import innermost
 from pyrovae.handlers.structure import is_subsample, read_structure
+from pyrovae.inference.batches import check_device, on_device
 from pyrovae.inference.draws import DrawsPosterior
-from pyrovae.inference.fit import Fit
+from pyrovae.inference.fit import Fit, root_module
 from pyrovae.inference.posterior import Program
 from pyrovae.inference.schedules import Optimizer
 from pyrovae.inference.variational import Variational
@@ -182,6 +183,10 @@ class TwoPhases(pyro.infer.ELBO):
             moved[name] = states.reshape(h.shape)
             difference = fn.free_energy(moved[name]) - fn.free_energy(h)
             energies.append(scale_and_mask(difference, site["scale"], site["mask"]).sum())
+        if self.num_sweeps is not None and not moved:
+            raise ValueError(
+                "expected a model with a latent drawn from an RBM for UpDown, got none; use WakeSleep, which needs none"
+            )
         log_p = scored.log_prob_sum(lambda name, site: name not in moved)
         return -log_p - sum(energies), moved
 
@@ -210,6 +215,12 @@ def learn(
     variational: Variational, model: Program, args: Any, kwargs: Any, *, validation: Any = None, resume: bool = False
 ) -> Fit:
     """Run the loop; where log Z is unknown, nothing is called a bound."""
+    device = check_device(variational.device)
+    if device is not None:
+        for module in (root_module(model), root_module(variational.guide)):
+            if module is not None:
+                module.to(device)
+        args, kwargs = on_device(args, device), on_device(kwargs, device)
     unnormalized = read_structure(model, variational._prepared(args), kwargs).unnormalized
     if unnormalized and variational.patience is not None:
         raise ValueError(

@@ -306,7 +306,7 @@ def test_zero_weights_are_not_blindness():
 
 
 def test_same_as_a_variational_loop_but_for_the_objective():
-    """Records, minibatches and the end state are those of Variational; a resumed run is the run."""
+    """Records, minibatches and the end state are those of Variational."""
     ends = []
     for make in (
         lambda g: WakeSleep(g, num_steps=6, batch_size=3),
@@ -320,3 +320,18 @@ def test_same_as_a_variational_loop_but_for_the_objective():
     (a, first), (b, second) = ends
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert [r["bound"] for r in a.history] == [r["bound"] for r in b.history]
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_resumed_it_is_the_same_run(tmp_path, device):
+    ends = []
+    for parts in ((6,), (3, 6)):
+        net, guide, _ = pair("bits")
+        x = net.sample(8)
+        torch.manual_seed(2)
+        for number, steps in enumerate(parts):
+            folder = tmp_path / str(len(parts))
+            method = WakeSleep(guide, num_steps=steps, batch_size=3, checkpoint=folder, log_every=3, device=device)
+            method.fit(net, x, resume=number > 0)
+        ends.append(net.state_dict())
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
