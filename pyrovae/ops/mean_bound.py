@@ -29,7 +29,7 @@ def log_mean_lower_bound(log_w: Tensor, confidence: float) -> Tensor:
 
     Example:
         >>> round(float(log_mean_lower_bound(torch.zeros(1000), 0.99)), 3)
-        -0.008
+        -0.007
 
     References:
         Estimating means of bounded random variables by betting (Waudby-Smith and Ramdas, 2024)

@@ -199,8 +199,8 @@ def test_sandwich_of_an_rbm_and_where_it_is_refused():
     assert float(both.lower) < exact < float(both.upper)
     assert float(both.upper - both.lower) < 0.5
     assert torch.allclose(both.gap, both.reverse - both.forward)
-    with pytest.raises(ValueError, match=r"expected at most 25 bits .* AIS\.log_partition"):
-        AIS(10, 10).sandwich(RBM(torch.zeros(40, 30), torch.zeros(40), torch.zeros(30)))
+    with pytest.raises(ValueError, match=r"expected at most 30 bits .* bytes; use AIS\.log_partition .* raise max_bits"):
+        AIS(10, 10).sandwich(RBM(torch.zeros(40, 45), torch.zeros(40), torch.zeros(45)))
     with pytest.raises(ValueError, match="expected num_exact >= 1"):
         AIS(10, 10).sandwich(target, num_exact=0)
 
@@ -247,6 +247,8 @@ def test_bad_settings():
             AIS(10, 10, base=base).log_partition(rbm())
     with pytest.raises(ValueError, match="expected data"):
         AIS(10, 10).log_partition(rbm(), torch.full((5, 6), 255.0))
+    with pytest.raises(ValueError, match=r"expected data \[N, 6\]"):
+        AIS(10, 10).log_partition(rbm(), torch.ones(5, 4))
     with pytest.raises(ValueError, match="expected data or a base"):
         AIS(10, 10, base="uniform").log_partition(rbm(), torch.ones(5, 6))
     broken = RBM(torch.full((3, 2), math.nan), torch.zeros(3), torch.zeros(2), validate_args=False)

@@ -48,6 +48,7 @@ class AIS:
             not positive.
 
     Example:
+        >>> import torch
         >>> from pyrovae.distributions import RBM
         >>> rbm = RBM(torch.zeros(4, 3), torch.zeros(4), torch.zeros(3))
         >>> found = AIS(num_chains=10, num_temperatures=20).log_partition(rbm)
@@ -110,7 +111,13 @@ class AIS:
         return log_partition(target, self.betas, self.num_chains, self.base, data, self.sigmas)
 
     def sandwich(
-        self, target: Any, data: Tensor | None = None, *, num_exact: int | None = None, confidence: float = 0.99
+        self,
+        target: Any,
+        data: Tensor | None = None,
+        *,
+        num_exact: int | None = None,
+        confidence: float = 0.99,
+        max_bits: int = 30,
     ) -> Sandwich:
         """Bound log Z from both sides: bidirectional Monte Carlo, with exact draws by enumeration for the reverse chains.
 
@@ -119,12 +126,13 @@ class AIS:
             data: likewise.
             num_exact: exact draws, each the start of one reverse chain; None takes `num_chains`.
             confidence: with which both bounds hold at once.
+            max_bits: the most units, on the smaller side of an RBM or of a Boltzmann machine in all, that are enumerated.
 
         Raises:
-            ValueError: where the model has too many units (25 on its smaller side, for a Boltzmann machine in all) for exact
-                draws; a reverse run from anything else bounds nothing.
+            ValueError: where the model has too many units for exact draws, with the bytes and seconds that they would take;
+                a reverse run from anything else bounds nothing.
         """
-        return sandwich(target, self.betas, self.num_chains, self.base, data, num_exact, confidence)
+        return sandwich(target, self.betas, self.num_chains, self.base, data, num_exact, confidence, max_bits)
 
     def infer(self, model: Program, *args: Any, **kwargs: Any) -> DrawsPosterior:
         """Weighted draws of p(z | x) and a lower bound on log p(x), along p(z) p(x | z)^β from the prior.

@@ -138,12 +138,13 @@ def sandwich(
     data: Tensor | None,
     num_exact: int | None,
     confidence: float,
+    max_bits: int,
 ) -> Sandwich:
     """Chains both ways; see :meth:`pyrovae.inference.AIS.sandwich`."""
     with torch.no_grad():
         distribution = energy_of(target)
         path = _path(distribution, base, data)
-        start = _exact_draws(distribution, num_chains if num_exact is None else num_exact)
+        start = _exact_draws(distribution, num_chains if num_exact is None else num_exact, max_bits)
         forward, reverse = path.forward(betas, num_chains), -path.backward(betas, start)
         _check_weights(forward)
         _check_weights(reverse)
@@ -178,17 +179,18 @@ def _path(distribution: Any, base: Any, data: Tensor | None) -> RbmPath | Boltzm
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"expected finite {name}, got {int((~torch.isfinite(value)).sum())} infinite or NaN values")
     if isinstance(distribution, RBM):
-        logits = _base(distribution.b, base, data)
+        logits = _base(distribution, base, data)
         return RbmPath(distribution.W, distribution.b, distribution.c, logits)
     if isinstance(distribution, (BoltzmannMachine, BoltzmannMarginal)):
-        return BoltzmannPath(distribution.J, distribution.b, _base(distribution.b, base, data))
+        return BoltzmannPath(distribution.J, distribution.b, _base(distribution, base, data))
     raise TypeError(f"expected an RBM or a BoltzmannMachine, got {type(distribution).__name__}; AIS knows no path to it")
 
 
-def _base(biases: Tensor, base: Any, data: Tensor | None) -> Tensor:
-    """Logits of the independent units at β = 0, of the shape of `biases` or broadcasting to it."""
+def _base(distribution: Any, base: Any, data: Tensor | None) -> Tensor:
+    """Logits of the independent units at β = 0, of the shape of the biases or broadcasting to it."""
     if base is not None and data is not None:
         raise ValueError("expected data or a base of its own, got both; data set the base")
+    biases, visible = distribution.b.detach(), distribution.event_shape[0]
     n = biases.shape[-1]
     if isinstance(base, Tensor):
         if base.shape[-1:] != (n,) or base.dim() > biases.dim() or not bool(torch.isfinite(base).all()):
@@ -201,15 +203,15 @@ def _base(biases: Tensor, base: Any, data: Tensor | None) -> Tensor:
     if data is None:
         return biases
     rows = data.flatten(0, -2) if data.dim() > 1 else data[None]
-    if rows.shape[-1] > n or not bool(((rows >= 0) & (rows <= 1)).all()):
-        raise ValueError(f"expected data [N, {n}] within [0, 1], got {list(data.shape)}; scale or binarize them")
+    if rows.shape[-1] != visible or not bool(((rows >= 0) & (rows <= 1)).all()):
+        raise ValueError(f"expected data [N, {visible}] within [0, 1], got {list(data.shape)}; scale or binarize them")
     rate = (rows.to(biases).sum(0) + _PSEUDO_COUNT) / (len(rows) + 2 * _PSEUDO_COUNT)
     logits = biases.clone()
-    logits[..., : len(rate)] = torch.logit(rate)  # units that the data do not show keep their biases
+    logits[..., :visible] = torch.logit(rate)  # hidden units of a Boltzmann machine keep their biases
     return logits
 
 
-def _exact_draws(distribution: Any, count: int) -> Tensor:
+def _exact_draws(distribution: Any, count: int, max_bits: int) -> Tensor:
     if count < 1:
         raise ValueError(f"expected num_exact >= 1, got {count}")
     tensors = [value.detach() for value in distribution.parameters]
@@ -219,14 +221,11 @@ def _exact_draws(distribution: Any, count: int) -> Tensor:
         max(tensors[0].shape),
         tensors[0].dtype,
         "AIS.log_partition (a reverse run from anything but exact draws would bound nothing)",
-        max_bits=_MAX_EXACT_BITS,
+        max_bits=max_bits,
     )
     if isinstance(distribution, RBM):
-        return sample_rbm(tensors[0], tensors[1], tensors[2], count)[0]
-    return sample_boltzmann(tensors[0], tensors[1], count)
-
-
-_MAX_EXACT_BITS = 25
+        return sample_rbm(tensors[0], tensors[1], tensors[2], count, max_bits=max_bits)[0]
+    return sample_boltzmann(tensors[0], tensors[1], count, max_bits=max_bits)
 
 
 def _check_weights(log_w: Tensor) -> None:
