@@ -104,10 +104,10 @@ class SplitHalf:
 
     def _tile_shape(self) -> tuple[int, int]:
         """Rows and columns of a tile, powers of 2: as many pairs as stay in the second-level caches, or fill a GPU."""
-        double = self.dtype == torch.float64
-        side = 11 if self.device.type == "cuda" else 9 + (torch.get_num_threads() > 4)
+        threads, double = torch.get_num_threads(), self.dtype == torch.float64
+        rows, columns = (11, 11) if self.device.type == "cuda" else (9 - (threads == 1), 9 + (threads > 4) - double)
         fits = int(math.log2(max(self._max_bytes / (128 * max(self.units, 1)), 1)))  # the tables of a tile themselves
-        return min(2 ** min(side, fits), self.shape[0]), min(2 ** min(side - double, fits), self.shape[1])
+        return min(2 ** min(rows, fits), self.shape[0]), min(2 ** min(columns, fits), self.shape[1])
 
 
 class Gradient:
