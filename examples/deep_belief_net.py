@@ -115,7 +115,7 @@ def picture(history: list, greedy: float, up_down: float, samples: dict[str, Ten
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150, help="steps of each RBM, and epochs of up-down")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each RBM, and epochs of up-down")
     parser.add_argument("--hidden", type=int, default=12, help="units of the first hidden layer, at most 16")
     parser.add_argument("--output", type=Path, default=Path("deep_belief_net.png"), help="the picture")
     arguments = parser.parse_args()
