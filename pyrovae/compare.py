@@ -70,8 +70,8 @@ def compare(
         seeds: one run a seed.
         learn: False puts every method that has `infer` into the inference table, also those that could learn.
         max_bytes: memory for the exact reference; where it does not fit, its columns stay blank.
-        max_evaluations: the most joint states x rows that a reference may take (2**28 take about half a minute); its columns
-            stay blank beyond.
+        max_evaluations: the most values of log p(x, z) that a reference may compute: joint states x rows where the program is
+            enumerated (2**28 take about half a minute), few where a structure is declared; its columns stay blank beyond.
         progress: called with a method's name, the number of runs done and their total.
 
     Returns:
@@ -502,7 +502,8 @@ def _try_exact(exact: Exact, max_evaluations: int, model: Program, args: tuple[A
     if any(latent.kind.startswith("relaxed") for latent in structure.latents):
         model = discretize(model)
     try:
-        if ExactLikelihood(max_bytes=exact.max_bytes).model_evaluations(model, *args) > max_evaluations:
+        objective = ExactLikelihood(max_bytes=exact.max_bytes, declared=exact.declared)
+        if objective.model_evaluations(model, *args) > max_evaluations:
             return None, ""
         return exact.infer(model, *args), ""
     except ValueError:
