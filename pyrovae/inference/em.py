@@ -102,7 +102,7 @@ class EM:
         gradients = {name: leaf.grad for name, leaf in leaves.items()}
         repeated = getattr(self.e_step, "repeated", None)
         e_step: Callable[[], Posterior] = (
-            partial(self.e_step.infer, model, *args, **kwargs) if repeated is None else repeated(model, *args, **kwargs)
+            partial(self.e_step.infer, model, *args, **kwargs) if repeated is None else repeated(model, args, kwargs, structure)
         )
         own_step = self._own_m_step(model, args, kwargs)
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Latent, copied
+from pyrovae.handlers.structure import Latent, Structure, copied
 from pyrovae.inference.elimination import Term, amax, logsumexp
 from pyrovae.inference.enumeration import Axis, Enumeration
 from pyrovae.inference.expectations import sites_read, weighted_average
@@ -94,15 +94,18 @@ class Exact:
             solution=solution,
         )
 
-    def repeated(self, model: Program, *args: Any, **kwargs: Any) -> Callable[[], Posterior]:
+    def repeated(
+        self, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Structure | None = None
+    ) -> Callable[[], Posterior]:
         """A function that infers at the same arguments and the model's present parameters: the E-steps of EM.
 
         Where the model declares a structure, its program is run and checked now, and not again at every call.
 
         Args:
             model: a Pyro program.
-            *args: its arguments, which must not change between calls.
-            **kwargs: its keyword arguments.
+            args: its arguments, which must not change between calls.
+            kwargs: its keyword arguments.
+            structure: of the program at its arguments, where it is known already.
 
         Raises:
             ValueError: as :meth:`infer`.
@@ -110,7 +113,7 @@ class Exact:
         with torch.no_grad():
             found = None
             if self.declared:
-                found = find_route(model, args, kwargs, max_bytes=self.max_bytes, method="Exact")
+                found = find_route(model, args, kwargs, max_bytes=self.max_bytes, method="Exact", structure=structure)
         if found is None:
             return lambda: self.infer(model, *args, **kwargs)
 

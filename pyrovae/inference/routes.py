@@ -95,7 +95,13 @@ class FoundRoute:
 
 
 def find_route(
-    model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, max_bytes: int, method: str
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    max_bytes: int,
+    method: str,
+    structure: Structure | None = None,
 ) -> FoundRoute | None:
     """The declared route that serves a program at its arguments, or None: then it is enumerated.
 
@@ -107,6 +113,7 @@ def find_route(
         kwargs: its keyword arguments.
         max_bytes: the memory that an evaluation may take.
         method: named in error messages.
+        structure: of the program at its arguments, where it is known already.
 
     Raises:
         ValueError: if the program refuses its data, or the work is too much for any route.
@@ -116,8 +123,9 @@ def find_route(
         return None
     if "layers" in names and (record := declared(model, "layers")) is not None:
         check_finite(record)  # before the program runs into them
-    with torch.no_grad():
-        structure = read_structure(model, args, kwargs)
+    if structure is None:
+        with torch.no_grad():
+            structure = read_structure(model, args, kwargs)
     if not _plain(structure):
         return None
     task = Task(model, args, kwargs, structure, max_bytes, method)
