@@ -16,13 +16,20 @@ from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.enumeration import Enumeration
 from pyrovae.inference.layered_net import layered_net
 from pyrovae.inference.log_joint import LogJoint
+from pyrovae.inference.mcmc.chain_sweep import ChainSweep
 from pyrovae.inference.mcmc.layer_sweep import FactorialSweep, LayerSweep, faster_than_table
 from pyrovae.inference.mcmc.sweeps import ProgramSweep, TableSweep
 from pyrovae.inference.posterior import Program
 from pyrovae.ops import isolated_rng
 
-Sweep = TableSweep | LayerSweep | FactorialSweep | ProgramSweep
-_ROUTES = {TableSweep: "table", LayerSweep: "layers", FactorialSweep: "independent", ProgramSweep: "program"}
+Sweep = TableSweep | LayerSweep | FactorialSweep | ChainSweep | ProgramSweep
+_ROUTES = {
+    TableSweep: "table",
+    LayerSweep: "layers",
+    FactorialSweep: "independent",
+    ChainSweep: "chain",
+    ProgramSweep: "program",
+}
 
 
 class Gibbs:
@@ -33,7 +40,8 @@ class Gibbs:
     Conditionals come from the program's own log joint: looked up where a table of joint states x rows fits in `max_bytes`,
     else by evaluating the changed state alone. A model that declares layers of sigmoid units is swept by them, where that is
     faster than the table; one that declares bits independent given the data is drawn from at once, and its draws are
-    independent. All chains and all rows move in parallel. `diagnostics["route"]` tells which way was taken.
+    independent; one that declares a Markov chain moves its even times at once, then its odd ones. All chains and all rows
+    move in parallel. `diagnostics["route"]` tells which way was taken.
 
     Cost of one sweep: nothing beyond the table (made once: joint states x rows evaluations of log p(x, z)); by declared
     layers a few operations for each weight, chain and row; without either components x chains x rows evaluations.
@@ -195,7 +203,7 @@ def make_sweep(
     return ProgramSweep(log_joint, chains), 0
 
 
-def _declared_sweep(log_joint: LogJoint, chains: int, sweeps: int | None) -> LayerSweep | FactorialSweep | None:
+def _declared_sweep(log_joint: LogJoint, chains: int, sweeps: int | None) -> LayerSweep | FactorialSweep | ChainSweep | None:
     """The sweep of a declared structure; None where there is none, or a table would be faster (0 sweeps: there is none)."""
     model, args, kwargs, structure = log_joint.program, log_joint.args, log_joint.kwargs, log_joint.structure
     if declared(model, "layers") is not None:
@@ -205,10 +213,13 @@ def _declared_sweep(log_joint: LogJoint, chains: int, sweeps: int | None) -> Lay
         return LayerSweep(net.snapshot(), structure, chains)
     if not args or not isinstance(args[0], Tensor):
         return None
-    code = declared(model, "factorial_code", args, kwargs)
-    if code is None or len(structure.latents) != 1 or any(mask is not None for mask in structure.masks.values()):
+    if len(structure.latents) != 1 or any(mask is not None for mask in structure.masks.values()):
         return None
-    return FactorialSweep(code, structure, chains)
+    chain = declared(model, "chain", args, kwargs)
+    if chain is not None:
+        return ChainSweep(chain, structure, chains)
+    code = declared(model, "factorial_code", args, kwargs)
+    return None if code is None else FactorialSweep(code, structure, chains)
 
 
 def uniform_codes(latent: Latent, chains: int) -> Tensor:
