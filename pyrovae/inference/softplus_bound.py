@@ -89,29 +89,43 @@ class SoftplusBound:
         low, high, first, second = self._moments(tilt, means)
         best = tilt * self.mean + torch.logaddexp(low, high)
         self.low, self.high = low, high
-        for _ in range(steps):
+        for step in range(steps):
             below, above = torch.where(first < 0, tilt, below), torch.where(first < 0, above, tilt)
             new = tilt - first / second.clamp_min(_TINY)
             new = torch.where((new >= below) & (new <= above), new, (below + above) / 2)
             moved = float((new - tilt).abs().max())
-            tilt = new
-            low, high, first, second = self._moments(tilt, means)
+            tilt, last = new, step + 1 == steps or moved < 1e-9
+            if last:
+                low, high = self._log_moments(tilt, means)
+            else:
+                low, high, first, second = self._moments(tilt, means)
             value = tilt * self.mean + torch.logaddexp(low, high)
             better = value < best
             best = torch.where(better, value, best)
             self.tilt = torch.where(better, tilt, self.tilt)
             self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
-            if moved < 1e-9:
+            if last:
                 break
 
+    def _log_moments(self, tilt: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        """K(−ξ) and K(1 − ξ), `[N, D]` each."""
+        low, high = -tilt * self.bias, (1 - tilt) * self.bias
+        for j, weight in enumerate(self.weight):
+            one = means[:, j : j + 1]
+            e_low = torch.exp(-tilt * weight).mul_(one)  # μ e^{tW}
+            e_high = e_low * self.exp_weight[j]
+            low += e_low.add_(1 - one).clamp_min_(_TINY).log_()
+            high += e_high.add_(1 - one).clamp_min_(_TINY).log_()
+        return low, high
+
     def _moments(self, tilt: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """K(−ξ), K(1 − ξ), and the first and second derivative of the bound in ξ, `[N, D]` each."""
+        """As :meth:`_log_moments`, and the first and second derivative of the bound in ξ, `[N, D]` each."""
         low, high = -tilt * self.bias, (1 - tilt) * self.bias
         mean_low, mean_high = self.bias.expand_as(tilt).clone(), self.bias.expand_as(tilt).clone()
         var_low, var_high = torch.zeros_like(tilt), torch.zeros_like(tilt)
         for j, weight in enumerate(self.weight):
             one = means[:, j : j + 1]
-            e_low = torch.exp(-tilt * weight).mul_(one)  # μ e^{tW}
+            e_low = torch.exp(-tilt * weight).mul_(one)
             e_high = e_low * self.exp_weight[j]
             for e, total, mean, var in ((e_low, low, mean_low, var_low), (e_high, high, mean_high, var_high)):
                 factor = (e + (1 - one)).clamp_min_(_TINY)

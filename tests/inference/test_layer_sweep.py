@@ -6,7 +6,7 @@ from brute_force import BruteForce, bits
 from gibbs_kernel import coordinates, kernel_agrees
 from stats import bound, chains_agree, largest_z
 
-from pyrovae.inference import Exact, Gibbs
+from pyrovae.inference import MCMC, Exact, Gibbs, GibbsKernel
 from pyrovae.inference.layered_net import LayeredNet, layered_net
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.mcmc.gibbs import make_sweep
@@ -163,3 +163,28 @@ def test_the_hidden_units_of_an_rbm_are_drawn_at_once():
     posterior = Gibbs(50, 20, 0).infer(net, x)
     assert posterior.diagnostics["route"] == "independent"
     assert chains_agree(posterior.draws[latents[0].name], torch.sigmoid(net.factorial_code(x).logits).detach())
+
+
+def test_as_a_kernel_of_pyros_mcmc():
+    torch.manual_seed(0)
+    net = toy.belief_net(6, 30)
+    x = net.sample(2)
+    posterior = MCMC(GibbsKernel, 5, 2, 1).infer(net, x)
+    assert tuple(posterior.draws["h1"].shape) == (2, 5, 2, 30)
+    kernel = GibbsKernel(net)
+    kernel.setup(0, x)
+    assert isinstance(kernel._sweep, LayerSweep)
+
+
+def test_starts_are_left_as_they_were():
+    torch.manual_seed(0)
+    net = RestrictedBoltzmannMachine(4, 3)
+    with torch.no_grad():
+        log_joint = LogJoint(net, (net.sample(2),), {})
+        for program in (log_joint, LogJoint(deep(4, [3, 2]), (torch.ones(2, 4),), {})):
+            sweep, _ = make_sweep(program, 5, 0)
+            start = {s.name: torch.ones(5, 2, s.components, dtype=torch.long) for s in program.structure.latents}
+            sweep.start(start)
+            for _ in range(3):
+                sweep.sweep()
+            assert all(bool((value == 1).all()) for value in start.values())

@@ -160,7 +160,7 @@ class FactorialSweep:
 
     def start(self, codes: Codes) -> None:
         """Set the chains to a state, which no draw depends on."""
-        self._codes = codes
+        self._codes = dict(codes)
 
     def sweep(self) -> None:
         """Draw every bit of every row and chain."""
