@@ -52,9 +52,9 @@ def forward_backward(
 
     Example:
         >>> half = torch.full((2,), 0.5).log()
-        >>> sums = forward_backward(half, half.expand(2, 2), torch.zeros(1, 3, 2))
-        >>> sums.log_evidence.tolist()
-        [0.0]
+        >>> sums = forward_backward(half, half.expand(2, 2), torch.full((1, 3, 2), -1.5))
+        >>> round(float(sums.log_evidence), 4)
+        -4.5
     """
     log_likelihood, unseen = log_likelihood.detach(), None
     if lengths is not None:
