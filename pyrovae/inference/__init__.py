@@ -5,8 +5,10 @@ from pyrovae.inference.contrastive import ContrastiveDivergence
 from pyrovae.inference.elbo import ExactLikelihood
 from pyrovae.inference.em import EM
 from pyrovae.inference.exact import Exact, ExactPosterior
+from pyrovae.inference.factorial import FactorialPosterior
 from pyrovae.inference.fit import Fit
 from pyrovae.inference.importance import Importance
+from pyrovae.inference.linear_code import LinearCodePosterior
 from pyrovae.inference.mcmc import MCMC, Gibbs, GibbsKernel
 from pyrovae.inference.mean_field import MeanField
 from pyrovae.inference.posterior import Posterior
@@ -25,11 +27,13 @@ __all__ = [
     "Exact",
     "ExactLikelihood",
     "ExactPosterior",
+    "FactorialPosterior",
     "Fit",
     "Gibbs",
     "GibbsKernel",
     "GreedyPretraining",
     "Importance",
+    "LinearCodePosterior",
     "LogPartition",
     "MeanField",
     "ParallelTempering",

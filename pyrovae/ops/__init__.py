@@ -2,6 +2,8 @@
 
 from pyrovae.ops.block_gibbs import boltzmann_sweep, colour_blocks, rbm_hidden, rbm_sweep
 from pyrovae.ops.boltzmann import boltzmann_log_partition, boltzmann_moments, sample_boltzmann
+from pyrovae.ops.code_regression import fit_code_regression
+from pyrovae.ops.linear_code import LinearCodes, linear_code_logsumexp, linear_code_max
 from pyrovae.ops.partition import check_enumerable, rbm_log_partition, rbm_moments, sample_rbm, softplus_sums
 from pyrovae.ops.rng import isolated_rng
 from pyrovae.ops.states import codes_to_index, index_to_codes
@@ -11,6 +13,7 @@ from pyrovae.ops.weights import effective_sample_size, log_mean_exp
 __all__ = [
     "Chain",
     "FactorialCode",
+    "LinearCodes",
     "SigmoidLayers",
     "boltzmann_log_partition",
     "boltzmann_moments",
@@ -19,8 +22,11 @@ __all__ = [
     "codes_to_index",
     "colour_blocks",
     "effective_sample_size",
+    "fit_code_regression",
     "index_to_codes",
     "isolated_rng",
+    "linear_code_logsumexp",
+    "linear_code_max",
     "log_mean_exp",
     "rbm_hidden",
     "rbm_log_partition",
