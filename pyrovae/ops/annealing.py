@@ -138,14 +138,14 @@ class _RbmChains:
         self.path, self.v = path, v
         self.slope = None if torch.equal(path.base, path.b) else path.b - path.base
         self.a = v.new_empty(len(v), len(path.c))
-        self.p, self.h = torch.empty_like(self.a), torch.empty_like(self.a)
+        self.p, self.h, self.means = torch.empty_like(self.a), torch.empty_like(self.a), torch.empty_like(v)
         self.log_w = torch.zeros(len(v), dtype=torch.float64, device=v.device)
         self.fresh = False
 
     def weigh(self, low: float, high: float) -> None:
         """Add f_high(v) − f_low(v)."""
         self._activate()
-        gain = _softplus_gain(self.a, self.p, low, high, self.path.reach)
+        gain = _softplus_gain(self.a, self.p, self.h, low, high, self.path.reach)
         if self.slope is not None:
             gain += (high - low) * (self.v @ self.slope)
         self.log_w += gain
@@ -157,8 +157,8 @@ class _RbmChains:
         torch.mul(self.a, beta, out=self.p).sigmoid_()
         self.h.uniform_().lt_(self.p)
         bias = torch.lerp(path.base, path.b, beta)
-        p = torch.addmm(bias, self.h, path.W.T, alpha=beta).sigmoid_()
-        self.v.uniform_().lt_(p)
+        torch.addmm(bias, self.h, path.W.T, alpha=beta, out=self.means).sigmoid_()
+        self.v.uniform_().lt_(self.means)
         self.fresh = False
 
     def _activate(self) -> None:
@@ -167,17 +167,17 @@ class _RbmChains:
             self.fresh = True
 
 
-def _softplus_gain(a: Tensor, scratch: Tensor, low: float, high: float, reach: float) -> Tensor:
-    """Σ_j softplus(high a_j) − softplus(low a_j), `[M]`; `reach` bounds |a|.
+def _softplus_gain(a: Tensor, p: Tensor, t: Tensor, low: float, high: float, reach: float) -> Tensor:
+    """Σ_j softplus(high a_j) − softplus(low a_j), `[M]`; `reach` bounds |a|, and the buffers p and t are overwritten.
 
     (1 + e^{high a}) / (1 + e^{low a}) = 1 + σ(low a)(e^{(high − low) a} − 1), which for small steps is exact to rounding and
-    needs no difference of large numbers; the factors of a few units are multiplied before the logarithm.
+    needs no difference of large numbers.
     """
     step = high - low
     if step * reach > 1:
         return (softplus(high * a, threshold=40) - softplus(low * a, threshold=40)).sum(-1)
-    torch.mul(a, low, out=scratch).sigmoid_()
-    return torch.mul(a, step).expm1_().mul_(scratch).log1p_().sum(-1)
+    torch.mul(a, low, out=p).sigmoid_()
+    return torch.mul(a, step, out=t).expm1_().mul_(p).log1p_().sum(-1)
 
 
 def _bernoulli(logits: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def test_weights_of_a_boltzmann_machine(dense):
 def test_gain_of_softplus(reach):
     a = torch.linspace(-reach, reach, 50).reshape(5, 10)
     expected = torch.nn.functional.softplus(0.8 * a, threshold=700) - torch.nn.functional.softplus(0.1 * a, threshold=700)
-    assert torch.allclose(_softplus_gain(a, torch.empty_like(a), 0.1, 0.8, reach), expected.sum(-1), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        _softplus_gain(a, torch.empty_like(a), torch.empty_like(a), 0.1, 0.8, reach), expected.sum(-1), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_float32_agrees_with_float64():
