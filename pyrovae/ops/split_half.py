@@ -28,6 +28,7 @@ from pyrovae.ops.states import index_to_codes
 # Most of Σw in a group, of Σw or Σ log 2 in a product of groups, by floating-point type: well inside the exponent's range.
 _GROUP = {torch.float32: 64.0, torch.float64: 600.0}
 _PRODUCT = {torch.float32: 80.0, torch.float64: 640.0}
+_NEGLIGIBLE = {torch.float32: 1e-18, torch.float64: 1e-40}  # weights relative to the largest, below rounding for 2^30 codes
 
 
 class SplitHalf:
@@ -125,12 +126,15 @@ class Gradient:
             second: tables of the columns.
             r: weights `[rows, columns]`.
         """
-        r = r.to(self._engine.dtype)
+        # Over the largest of the tile, and 0 where it cannot matter: subnormal numbers would slow the products tenfold.
+        top = r.abs().max().double().clamp(min=1e-300)
+        r = (r / top).to(self._engine.dtype)
+        r = r.masked_fill(r.abs() < _NEGLIGIBLE[r.dtype], 0.0)
         codes = [pad(block.codes, (0, 0, 0, 1), value=1.0).T for block in (first, second)]  # a column of ones for the bias
         for run, sums, a, b in zip(self._engine._runs, self._sums, first.parts, second.parts, strict=True):
             pulled = _pull_features(a, b, r) if run.group else _pull_softplus(a, b, r)
             for half, (c, p) in enumerate(zip(codes, pulled, strict=True)):
-                sums[half] += (p @ c.to(p)).double()  # [groups, 2^g, bits + 1], or [units, bits + 1] of a run of softplus
+                sums[half] += (p @ c.to(p)).double() * top  # [groups, 2^g, bits + 1], or [units, bits + 1] of a run of softplus
 
     def result(self) -> tuple[Tensor, Tensor]:
         """∂weight `[H, D]` and ∂bias `[D]`, in the type of the weights."""
