@@ -14,6 +14,7 @@ import torch
 from pyrovae import plots
 from pyrovae.diagnostics.evaluate import LEAST_FOR_PARETO_K
 from pyrovae.plots import RELAXED, SILENT
+from pyrovae.plots.trained import Curve
 from pyrovae.report import DPI, Cell, Mark, Table, html_facts, html_picture, html_table, number, page, plain, staged
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ def _figures(judged: Judged, *, dark: bool) -> dict[str, Figure]:
     if judged.samples is not None:
         title, means = "Draws from the prior", "latents drawn, means of the pixels"
         made["samples"] = plots.image_grid(judged.samples, title=title, subtitle=means, dark=dark)
-    what: plots.Curve = "loss" if judged.evaluation is None else "unrelaxed" if judged.discrete else "bound"
+    what: Curve = "loss" if judged.evaluation is None else "unrelaxed" if judged.discrete else "bound"
     made["curve"] = plots.training_curve(
         judged.history, steps_per_epoch=judged.steps_per_epoch, what=what, normalized=normalized, dark=dark
     )

@@ -5,13 +5,12 @@ Every function returns a matplotlib `Figure` made without pyplot: no window, no 
 
 from pyrovae.plots.comparison import inference_errors, learned, learning_curves, marginals
 from pyrovae.plots.images import GAP, image_grid, reconstruction_grid, samples_grid
-from pyrovae.plots.trained import RELAXED, SILENT, Curve, are_steps, latents, temperature_curve, training_curve
+from pyrovae.plots.trained import RELAXED, SILENT, are_steps, latents, temperature_curve, training_curve
 
 __all__ = [
     "GAP",
     "RELAXED",
     "SILENT",
-    "Curve",
     "are_steps",
     "image_grid",
     "inference_errors",

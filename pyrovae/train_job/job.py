@@ -333,6 +333,7 @@ def _objective(settings: Settings) -> pyro.infer.ELBO:
 def _write_pictures(folder: Path, settings: Settings, fit: Fit) -> None:
     """Samples, reconstructions of validation rows, and the curve."""
     from pyrovae import plots
+    from pyrovae.plots.trained import Curve
 
     run = load_run(folder)
     x = rows_of(settings, "validation")[:30]
@@ -341,7 +342,7 @@ def _write_pictures(folder: Path, settings: Settings, fit: Fit) -> None:
         images = sample(folder, 100, mean=True)
         figures["samples"] = plots.image_grid(images, title="Draws from the prior", subtitle=MEANS)
     normalized = run.config["likelihood"] != "cross_entropy"
-    what: plots.Curve = "loss" if run.guide is None else "unrelaxed" if FAMILIES[settings.model].discrete else "bound"
+    what: Curve = "loss" if run.guide is None else "unrelaxed" if FAMILIES[settings.model].discrete else "bound"
     curve = plots.training_curve(fit.history, steps_per_epoch=steps_per_epoch(run.config), what=what, normalized=normalized)
     if curve is not None:
         figures["curve"] = curve
