@@ -354,7 +354,7 @@ class _Run:
     def _leaves(self, model: Any) -> dict[str, Tensor]:
         """What is learned, by name: the model's parameters that the distribution depends on."""
         if isinstance(model, torch.nn.Module):
-            leaves = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
+            leaves: dict[str, Tensor] = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
         else:
             leaves = {str(place): t for place, t in enumerate(self.tensors) if t.is_leaf and t.requires_grad}
         if not leaves or not any(t.requires_grad for t in self.tensors):
