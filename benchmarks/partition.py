@@ -38,7 +38,8 @@ def plain(weight: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
     parts = []
     for start in range(0, 2 ** len(c), chunk):
         h = (torch.arange(start, start + chunk)[:, None] >> place & 1).to(weight.dtype)
-        parts.append((softplus(torch.addmm(b, h, weight.T)).sum(1) + h @ c).logsumexp(0))
+        x = torch.addmm(b, h, weight.T)
+        parts.append((softplus(x, threshold=20.0 if x.dtype == torch.float32 else 40.0).sum(1) + h @ c).logsumexp(0))
     return torch.stack(parts).logsumexp(0)
 
 
