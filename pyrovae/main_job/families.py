@@ -97,7 +97,7 @@ class Family:
         reference: the learner whose objective is the exact likelihood, and whose net is inferred on.
         approximate: the learner whose net is inferred on where `reference` does not fit.
         enumerating: methods that sum over joint states.
-        arranged: brings rows `[N, D]` to what the program takes.
+        arranged: brings rows `[N, D]` to what the program takes; None leaves them.
         penalty: the default precision.
         takes_penalty: False where the model's own priors take its place.
     """
@@ -115,7 +115,7 @@ class Family:
     reference: str
     approximate: str
     enumerating: frozenset[str]
-    arranged: Callable[[Tensor], Tensor] = lambda x: x
+    arranged: Callable[[Tensor], Tensor] | None = None
     penalty: float = 0.1
     takes_penalty: bool = True
 
@@ -234,9 +234,15 @@ def _partition_ais(task: Task) -> AIS:
 
 
 def _contrastive(task: Task, k: int, **options: Any) -> ContrastiveDivergence:
-    epochs = task.times(200)
-    known = {"batch_size": task.batch_size, "penalty": task.penalty, "log_rows": task.rows}
-    return ContrastiveDivergence(k, num_epochs=epochs, exact_bits=20, **known, **options)
+    return ContrastiveDivergence(
+        k,
+        num_epochs=task.times(200),
+        batch_size=task.batch_size,
+        penalty=task.penalty,
+        log_rows=task.rows,
+        exact_bits=20,
+        **options,
+    )
 
 
 def _tempered(task: Task) -> ContrastiveDivergence:

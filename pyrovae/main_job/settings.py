@@ -77,7 +77,7 @@ def load(settings: Settings) -> tuple[Tensor, Tensor]:
     binarize = None if settings.data in GENERATED else "threshold"
     arranged = family_of(settings.family).arranged
     train, test = (data.load(settings.data, split=split, binarize=binarize)[: settings.rows] for split in ("train", "test"))
-    return arranged(train), arranged(test)
+    return (train, test) if arranged is None else (arranged(train), arranged(test))
 
 
 def parse_methods(text: str | Sequence[str] | None, family: str = "sbn") -> tuple[str, ...] | None:
