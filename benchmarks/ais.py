@@ -5,8 +5,9 @@
     python benchmarks/ais.py coverage   # one of the two, prints only
 
 Both estimators of the first part take the same path (the model's visible biases at β = 0, linear β) with the same number of
-chains and temperatures, in turn, in one process, on one thread, in float32, by the processor's seconds. The second part takes 200 RBMs for each scale s of
-weights and biases N(0, s²), 1000 temperatures and 100 chains, and compares with log Z by enumeration in float64.
+chains and temperatures, in turn, in one process, on one thread, in float32, by the processor's seconds. The second part takes
+200 RBMs for each scale s of weights and biases N(0, s²), 1000 temperatures and 100 chains, and compares with log Z by
+enumeration in float64.
 """
 
 from __future__ import annotations
