@@ -323,7 +323,8 @@ def _inference_row(posterior: Posterior, reference: Posterior | None) -> dict[st
 
 def _is_elbo(posterior: Posterior) -> bool:
     """Whether `log_evidence` is E_q[log p(x, z) − log q(z)], so that its gap is KL(q‖p)."""
-    return posterior.bound == "exact" or (posterior.bound == "lower" and getattr(posterior, "log_weights", None) is None)
+    unweighted = getattr(posterior, "log_weights", None) is None
+    return posterior.bound == "exact" or (posterior.bound == "lower" and posterior.is_elbo and unweighted)
 
 
 def _marginal_error(posterior: Posterior, reference: Posterior) -> float | None:

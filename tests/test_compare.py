@@ -17,7 +17,17 @@ from torch import nn
 from pyrovae import data
 from pyrovae.compare import _verdict, compare, tie_factor
 from pyrovae.guides import AmortizedMeanField
-from pyrovae.inference import EM, Exact, ExactLikelihood, Gibbs, Importance, Variational, WakeSleep
+from pyrovae.inference import (
+    EM,
+    Exact,
+    ExactLikelihood,
+    Gibbs,
+    Importance,
+    MeanField,
+    SaulJaakkolaJordan,
+    Variational,
+    WakeSleep,
+)
 from pyrovae.models import SigmoidBeliefNet, toy
 
 
@@ -599,3 +609,13 @@ def test_a_bound_of_some_rows_has_no_gap():
     assert table.loc["some", "own_bound"] != pytest.approx(table.loc["some", "log_p_train"], abs=1e-6)
     assert np.isnan(table.loc["some", "gap"]) or table.loc["some", "gap"] is None
     assert "its bound is that of 50 rows" in table.loc["some", "note"]
+
+
+def test_a_bound_that_is_no_elbo_has_no_divergence():
+    """What Saul, Jaakkola and Jordan's bound lacks is more than KL(q‖p)."""
+    net = toy.belief_net(5, 3)
+    found = compare(net, net.sample(6), {"exact": Exact(), "MF": MeanField(), "SJJ": SaulJaakkolaJordan()}).inference
+    kl = found.set_index("method")["kl"]
+    assert kl["exact"] == 0
+    assert kl["MF"] > 0
+    assert kl.isna()["SJJ"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,10 @@ class Posterior(ABC):
         diagnostics: what the method tells of itself; always `model_evaluations`.
         seconds: wall time.
         draws: `{site: [chain, draw, batch, …]}` for MCMC, else None.
+        is_elbo: of a lower bound, whether it is E_q[log p(x, z) − log q(z)], so that what it lacks is KL(q‖p).
     """
+
+    is_elbo: ClassVar[bool] = True
 
     structure: Structure = field(repr=False)
     log_evidence: Tensor | None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -154,6 +154,8 @@ class SaulJaakkolaJordanPosterior(BitsPosterior):
     Attributes:
         tilts: ξ of the units of layers 0 … L − 1, `[batch, units]` each.
     """
+
+    is_elbo: ClassVar[bool] = False  # it also bounds what the units that a code drives expect
 
     tilts: tuple[Tensor, ...] = field(repr=False)
 
