@@ -60,7 +60,7 @@ class LinearCodeRoute:
         raise ValueError(
             f"expected hidden layers whose codes {task.method} can list in max_bytes={task.max_bytes:,}, got {max(sizes)} bits "
             f"in a layer: to sum over 2^{max(sizes)} codes takes about {size:.2g} bytes and {seconds:.2g} seconds; use AIS "
-            "for log p(x) or Variational for a bound instead"
+            "for log p(x), Variational for a bound or Gibbs for draws instead"
         )
 
     def infer(self, record: SigmoidLayers, task: Task) -> LinearCodePosterior:

@@ -118,9 +118,15 @@ def no_latents():
     return model, torch.zeros(2)
 
 
-@refused(r"got 1,099,511,627,776 joint states for 256 rows.*bytes; use Gibbs, Variational or Importance")
+@refused(r"got 40 bits in a layer: to sum over 2\^40 codes takes about 4.4e\+13 bytes and .* seconds; use AIS .* Variational")
 def forty_bits():
     return SigmoidBeliefNet(4, 40), torch.zeros(256, 4)
+
+
+@refused(r"got 1,099,511,627,776 joint states for 256 rows.*bytes; use Gibbs, Variational or Importance")
+def forty_bits_of_no_declared_net():
+    net = SigmoidBeliefNet(4, 40)
+    return lambda x: net(x), torch.zeros(256, 4)
 
 
 @refused(r"got 1,099,511,627,776 joint states for 3 rows.*bytes")
