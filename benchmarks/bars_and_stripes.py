@@ -84,10 +84,10 @@ def draw(found: dict[str, list[Fit]]) -> None:
             )
     entropy = data.entropy("bars_and_stripes", size=4)
     axes.axhline(-entropy, color="black", ls="--", lw=1, label=f"minus the entropy, {-entropy:.3f}")
-    axes.set(
-        xlabel="step", ylabel="exact log p(x), nats per datum", xscale="symlog", title="4x4 bars and stripes, 16 hidden units"
-    )
-    axes.legend(loc="lower right", fontsize=8)
+    axes.set_xscale("symlog", linthresh=100)
+    axes.set(xlim=(0, STEPS), ylim=(-11.5, -3), xlabel="step", ylabel="exact log p(x), nats per datum")
+    axes.set_title("4x4 bars and stripes, 16 hidden units")
+    axes.legend(loc="upper left", fontsize=8)
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / "bars_and_stripes.png", dpi=130)
     plt.close(figure)

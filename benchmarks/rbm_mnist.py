@@ -79,7 +79,8 @@ def evaluate(weights: Path, num_chains: int, num_temperatures: int) -> None:
     rbm = RestrictedBoltzmannMachine(test.shape[1], HIDDEN)
     rbm.load_state_dict(saved["state"])
     torch.manual_seed(0)
-    found = AIS(num_chains, num_temperatures).log_partition(rbm)
+    rates = (training.sum(0) + 5) / (len(training) + 10)
+    found = AIS(num_chains, num_temperatures, base=rates.logit()).log_partition(rbm)
     generator = torch.Generator().manual_seed(0)
     energies = {
         name: rbm.distribution().free_energy(data.binarize(x, generator=generator)).detach().double()
@@ -95,7 +96,8 @@ def evaluate(weights: Path, num_chains: int, num_temperatures: int) -> None:
         "",
         f"Centred gradient, {CHAINS} chains that start anew with each run, minibatches of {BATCH} of "
         f"{saved['runs'][-1]['rows']} training images, binarized afresh at every step, SGD, seed 0: {runs}, on a shared core.",
-        f"AIS: {num_chains} chains, {num_temperatures} temperatures, float32: log Z = {float(found.log_z):.3f} "
+        f"AIS: {num_chains} chains, {num_temperatures} evenly spaced temperatures from the base rates of the data, float32: "
+        f"log Z = {float(found.log_z):.3f} "
         f"[{float(found.lower):.3f}, {float(found.upper):.3f}], ESS {float(found.ess):.1f}.",
         "",
         "| data (one fixed binarization) | rows | log p(x), nats | 3-sigma interval of log Z | standard error over rows |",
