@@ -31,8 +31,8 @@ def epoch(x: Tensor, hidden: int, batch: int, chains: int, k: int, *, rate: floa
         np.ones(n, "float32"),
         np.arange(n),
         "mnist",
-        True,
-        device="cpu",  # noqa: FBT003
+        is_binary=True,
+        device="cpu",
     )
 
     def run() -> None:
