@@ -307,9 +307,12 @@ def _inference_row(posterior: Posterior, reference: Posterior | None) -> dict[st
     evidence = posterior.log_evidence
     row["log_evidence"] = _mean(evidence)
     stderr = torch.as_tensor(posterior.stderr)
-    row["log_evidence_se"] = (
-        None if evidence is None else float(stderr.expand_as(evidence).square().sum().sqrt()) / max(1, evidence.numel())
-    )
+    if evidence is None:
+        row["log_evidence_se"] = None
+    elif posterior.diagnostics.get("common_error"):
+        row["log_evidence_se"] = float(stderr.max())
+    else:
+        row["log_evidence_se"] = float(stderr.expand_as(evidence).square().sum().sqrt()) / max(1, evidence.numel())
     exact = None if reference is None else _mean(reference.log_evidence)
     row["gap"] = None if exact is None or row["log_evidence"] is None else exact - row["log_evidence"]
     row["gap_se"] = None if row["gap"] is None else row["log_evidence_se"]
@@ -374,6 +377,8 @@ def _inference_note(posterior: Posterior, row: Mapping[str, Any], rows_in_unit: 
         notes.append(f"q is {row['kl']:.2g} nats from the posterior: a bound, not the evidence")
         if posterior.diagnostics.get("losses") == ():
             notes.append("guide taken as given, not fitted here")
+    if posterior.diagnostics.get("note"):
+        notes.append(posterior.diagnostics["note"])
     expected = " in expectation" if row["log_evidence_se"] else ""
     return "; ".join(notes) or ("estimate" if row["log_evidence"] is None else f"{posterior.bound} bound{expected}")
 

@@ -15,22 +15,22 @@ from pyrovae.handlers.rewrite import innermost
 class WithLogPartition:
     """A program with a given log Z; see :func:`with_log_partition`."""
 
-    def __init__(self, program: Callable[..., Any], log_partition: float | Tensor) -> None:
-        self.program, self.log_partition = program, log_partition
+    def __init__(self, program: Callable[..., Any], log_partition: float | Tensor, site: str | None) -> None:
+        self.program, self.log_partition, self.site = program, log_partition, site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program."""
-        with _Give(self.log_partition) as giver:
+        with _Give(self.log_partition, self.site) as giver:
             result = self.program(*args, **kwargs)
         if len(giver.sites) != 1:
             raise ValueError(
                 f"expected a program with exactly one site drawn from an RBM or BoltzmannMachine, got {giver.sites or 'none'}; "
-                "there is one log Z to give"
+                "there is one log Z to give: name its site by site="
             )
         return result
 
 
-def with_log_partition(program: Callable[..., Any], log_partition: float | Tensor) -> WithLogPartition:
+def with_log_partition(program: Callable[..., Any], log_partition: float | Tensor, site: str | None = None) -> WithLogPartition:
     """Let the RBM or Boltzmann machine that a program draws from score with a given log Z.
 
     So that what needs a probability takes a program whose log Z cannot be enumerated. What comes out is as good as that log Z:
@@ -40,6 +40,7 @@ def with_log_partition(program: Callable[..., Any], log_partition: float | Tenso
     Args:
         program: a Pyro program with exactly one site drawn from :class:`pyrovae.distributions.RBM` or `BoltzmannMachine`.
         log_partition: log Z.
+        site: the site that it belongs to, where there are several.
 
     Returns:
         A program with the same arguments.
@@ -54,17 +55,17 @@ def with_log_partition(program: Callable[..., Any], log_partition: float | Tenso
         >>> tuple(posterior.log_evidence.shape)
         (6,)
     """
-    return WithLogPartition(program, log_partition)
+    return WithLogPartition(program, log_partition, site)
 
 
 class _Give(Messenger):
-    def __init__(self, log_partition: float | Tensor) -> None:
+    def __init__(self, log_partition: float | Tensor, site: str | None) -> None:
         super().__init__()
-        self.log_partition = log_partition
+        self.log_partition, self.site = log_partition, site
         self.sites: list[str] = []
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if isinstance(innermost(msg["fn"]), Undirected):
+        if isinstance(innermost(msg["fn"]), Undirected) and self.site in (None, msg["name"]):
             self.sites.append(msg["name"])
             if isinstance(msg["fn"], Undirected):
                 msg["fn"] = msg["fn"].with_log_partition(self.log_partition)

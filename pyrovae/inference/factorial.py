@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from pyrovae.handlers import declared
 from pyrovae.handlers.structure import copied
@@ -37,15 +37,13 @@ class FactorialRoute:
         """Whether the program's one latent is the record's.
 
         Raises:
-            ValueError: for logits or an evidence that are not finite.
+            ValueError: for logits that are not finite.
         """
         latents = task.structure.latents
         if len(latents) != 1 or latents[0].name != record.site or record.logits.dim() != 2:
             return False
-        if not (bool(torch.isfinite(record.logits).all()) and bool(torch.isfinite(record.log_evidence).all())):
-            raise ValueError(
-                "expected finite parameters, got a posterior or an evidence of NaN or infinity; start the model anew"
-            )
+        if not bool(torch.isfinite(record.logits).all()):
+            raise ValueError("expected finite parameters, got a posterior of NaN or infinity; start the model anew")
         return True
 
     def infer(self, record: FactorialCode, task: Task) -> FactorialPosterior:
@@ -53,7 +51,7 @@ class FactorialRoute:
         start = time.perf_counter()
         return FactorialPosterior(
             structure=task.structure,
-            log_evidence=record.log_evidence.detach().clone(),
+            log_evidence=self.log_evidence(record, task).detach().clone(),
             bound="exact",
             diagnostics={"model_evaluations": self.model_evaluations(record, task)},
             seconds=time.perf_counter() - start,
@@ -66,11 +64,14 @@ class FactorialRoute:
 
     def log_evidence(self, record: FactorialCode, task: Task) -> Tensor:
         """Log p(x) `[B]`, as the model declares it."""
-        return record.log_evidence
+        evidence = record.log_evidence()
+        if not bool(torch.isfinite(evidence).all()):
+            raise ValueError("expected finite parameters, got an evidence of NaN or infinity; start the model anew")
+        return evidence
 
     def model_evaluations(self, record: FactorialCode, task: Task) -> int:
-        """One for each row: the sum over the hidden units is closed."""
-        return len(record.log_evidence)
+        """One for each row, where the sum over hidden units is closed, and one for each state of the normaliser."""
+        return len(record.logits) + record.num_states
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,7 +93,7 @@ class FactorialPosterior(Posterior):
     def entropy(self) -> Tensor:
         """The entropy of p(h | x) in nats, `[batch]`."""
         p = torch.sigmoid(self.logits)
-        return (softplus(self.logits, threshold=700) - p * self.logits).sum(-1)
+        return (-logsigmoid(-self.logits) - p * self.logits).sum(-1)
 
     @cached_property
     def mode(self) -> States:
@@ -141,8 +142,8 @@ class FactorialPosterior(Posterior):
         """
         other = declared(model, "factorial_code", self.args, self.kwargs)
         if isinstance(other, FactorialCode) and other.logits.shape == self.logits.shape:
-            inside = torch.sigmoid(self.logits) * other.logits - softplus(other.logits, threshold=700)
-            return other.log_evidence + inside.sum(-1)
+            inside = torch.sigmoid(self.logits) * other.logits + logsigmoid(-other.logits)
+            return other.log_evidence() + inside.sum(-1)
         log_joint = LogJoint(model, self.args, self.kwargs)
         return self.expectation(lambda z: log_joint(z))[0]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from pyrovae.handlers import declared
 from pyrovae.handlers.structure import copied, frozen_leaves
@@ -401,7 +401,7 @@ def _top_table(net: SigmoidLayers) -> Tensor:
     bits = index_to_codes(torch.arange(2**units, device=bias.device), 2, units)
     linear = torch.cat([part.to(bias) @ bias for part in bits.split(2**16)])
     if net.top_weight is None:
-        return linear - softplus(bias, threshold=700).sum()
+        return linear + logsigmoid(-bias).sum()
     assert net.top_hidden_bias is not None
     free = linear + softplus_sums(net.top_weight, net.top_hidden_bias).double()
     return free - free.logsumexp(0)

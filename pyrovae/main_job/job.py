@@ -212,11 +212,12 @@ class _Steps:
 
 
 def _evaluations(model: Any, x: Tensor) -> int | None:
-    """Values of log p(x, z) that exact inference computes; None where it refuses."""
+    """Values of log p(x, z) that exact inference computes; None where it refuses, or nobody would wait."""
     try:
-        return ExactLikelihood().model_evaluations(model, x)
+        evaluations = ExactLikelihood().model_evaluations(model, x)
     except ValueError:
         return None
+    return evaluations if evaluations <= 2**33 else None
 
 
 def _fits(model: Any, x: Tensor) -> bool:

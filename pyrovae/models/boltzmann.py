@@ -121,15 +121,12 @@ class RestrictedBoltzmannMachine(Module):
         return x
 
     def factorial_code(self, x: Tensor | None = None, **_: Any) -> FactorialCode | None:
-        """p(h | x) and log p(x), exact; None without data.
-
-        Raises:
-            ValueError: if the smaller layer has more than 30 units, with bytes and seconds and what to use instead.
-        """
+        """p(h | x) and, when asked for, log p(x): exact up to 30 units of the smaller layer. None without data."""
         if x is None:
             return None
         rbm = RBM(self.weight, self.visible_bias, self.hidden_bias)
-        return FactorialCode("h1", self.hidden_bias + x.to(self.weight.dtype) @ self.weight, rbm.log_prob(x))
+        logits = self.hidden_bias + x.to(self.weight.dtype) @ self.weight
+        return FactorialCode("h1", logits, lambda: rbm.log_prob(x), num_states=2 ** min(self.visible, self.hidden))
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

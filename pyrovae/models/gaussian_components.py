@@ -109,10 +109,7 @@ class GaussianComponents(Components):
         if self.prior_count == 0:
             return self.loc.new_zeros(())
         log_scale = self.log_scale.expand(self.loc.shape)
-        if self.covariance == "full":
-            trace = self._whitening().square().sum()
-        else:
-            trace = (-2 * log_scale).exp().sum()
+        trace = self._whitening().square().sum() if self.covariance == "full" else (-2 * log_scale).exp().sum()
         return -0.5 * self.prior_count * (2 * log_scale.sum() + self.prior_variance * trace)
 
     def check(self, x: Tensor, seen: Tensor | None = None) -> None:

@@ -7,6 +7,7 @@ route through the program stays the oracle of the fast one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,12 +45,15 @@ class FactorialCode:
     Attributes:
         site: the latent site.
         logits: of p(h = 1 | x), `[B, H]`.
-        log_evidence: log p(x) `[B]`, differentiable in the model's parameters.
+        log_evidence: a function that returns log p(x) `[B]`, differentiable in the model's parameters: it may cost far more
+            than the logits, or be out of reach.
+        num_states: states that its normaliser sums over.
     """
 
     site: str
     logits: Tensor
-    log_evidence: Tensor
+    log_evidence: Callable[[], Tensor]
+    num_states: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from stats import means_agree
+from stats import bound, chains_agree, means_agree
 
+from pyrovae import models
 from pyrovae.compare import compare
 from pyrovae.distributions import RBM, BoltzmannMachine
-from pyrovae.inference import AIS, Exact
+from pyrovae.inference import AIS, Exact, Gibbs
 from pyrovae.inference.ais.interval import normal_interval
 from pyrovae.inference.ais.posterior import make_path
 from pyrovae.inference.weighing import draw
@@ -299,3 +300,34 @@ def test_compare_says_what_it_is():
     assert row["bound"] == "lower"
     assert row["note"] == "lower bound in expectation"
     assert abs(row["gap"]) < 6 * row["gap_se"]
+
+
+@pytest.mark.parametrize("make", [lambda: RestrictedBoltzmannMachine(6, 4), lambda: models.BoltzmannMachine(4, 3)])
+def test_an_undirected_model_has_its_partition_annealed(make):
+    """log p(x) by log Ẑ, the same error for all rows; the posterior is the exact one."""
+    torch.manual_seed(3)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 1.0)
+    x = model.sample(5)
+    exact, found = Exact(declared=False).infer(model, x), AIS(200, 200).infer(model, x)
+    assert found.bound == "upper"
+    error = found.log_evidence - exact.log_evidence
+    assert torch.allclose(error, error[:1].expand(5), atol=1e-10)
+    assert float(error[0].abs() / found.stderr[0]) < bound(1, 199)
+    assert float(error[0].abs()) > 0
+    assert torch.allclose(found.marginals["h1"], exact.marginals["h1"], atol=1e-10)
+
+
+def test_a_large_machine_has_an_upper_bound_and_a_posterior():
+    model = RestrictedBoltzmannMachine(50, 45)
+    with torch.no_grad():
+        model.weight.normal_(0, 0.3)
+    x = model.sample(4)
+    found = AIS(20, 50).infer(model, x)
+    assert torch.isfinite(found.log_evidence).all()
+    assert found.diagnostics["partition"].log_z > 0
+    p = torch.sigmoid(model.hidden_bias + x @ model.weight).detach()
+    assert torch.allclose(found.marginals["h1"], p)
+    assert chains_agree(Gibbs(200, 10).infer(model, x).draws["h1"], p)

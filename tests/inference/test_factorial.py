@@ -96,7 +96,7 @@ def test_five_hundred_units():
     assert float(torch.where(p * (1 - p) * n > 10, (z.mean(0) - p) / error, 0.0).abs().max()) < bound(p.numel())
     average = -posterior.log_prob({"h1": z})
     assert float(((average.mean(0) - posterior.entropy) / (average.std(0) / n**0.5)).abs().max()) < bound(ROWS)
-    total = torch.cat([rbm.factorial_code(row[None]).log_evidence for row in x])
+    total = torch.cat([rbm.factorial_code(row[None]).log_evidence() for row in x])
     close(posterior.log_evidence, total.detach())
     close(posterior.log_prob({k: v[None] for k, v in posterior.mode.items()})[0], torch.maximum(p, 1 - p).log().sum(-1))
     with pytest.raises(ValueError, match=r"2\^500 states.*bytes.*seconds; average f over posterior.sample\(n\)"):

@@ -1,5 +1,7 @@
 """Sums over codes as matrix products, against the full table of rows x codes; and the logistic regressions on codes."""
 
+import itertools
+
 import pytest
 import torch
 from stats import bound
@@ -138,7 +140,7 @@ def test_regression_never_falls_and_ends_at_the_best(units, visible, penalty, sc
         assert passes >= 1
         values.append(float(objective(w.double(), b.double(), *given[2:], penalty)))
     slack = 1e-12 if dtype == torch.float64 else 1e-6
-    assert min(b - a for a, b in zip(values, values[1:], strict=False)) >= -slack * abs(values[0])
+    assert min(b - a for a, b in itertools.pairwise(values)) >= -slack * abs(values[0])
     if dtype == torch.float64:
         theta = torch.cat([b[None], w]).requires_grad_()
         (gradient,) = torch.autograd.grad(objective(theta[1:], theta[0], *given[2:], penalty), theta)

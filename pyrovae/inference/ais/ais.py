@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from pyrovae.inference.ais.machine import infer_machine, observed_machine
 from pyrovae.inference.ais.partition import LogPartition, Sandwich, log_partition, sandwich
 from pyrovae.inference.ais.posterior import infer, sandwich_simulated
 from pyrovae.inference.ais.schedule import Schedule, inverse_temperatures
-from pyrovae.inference.draws import DrawsPosterior
-from pyrovae.inference.posterior import Program
+from pyrovae.inference.posterior import Posterior, Program
 
 
 class AIS:
@@ -134,11 +134,15 @@ class AIS:
         """
         return sandwich(target, self.betas, self.num_chains, self.base, data, num_exact, confidence, max_bits)
 
-    def infer(self, model: Program, *args: Any, **kwargs: Any) -> DrawsPosterior:
+    def infer(self, model: Program, *args: Any, **kwargs: Any) -> Posterior:
         """Weighted draws of p(z | x) and a lower bound on log p(x), along p(z) p(x | z)^β from the prior.
 
         `log_evidence` is in expectation a lower bound of log p(x), tight as the number of temperatures grows; `diagnostics`
         holds per datum `ess` and `pareto_k` of the weights, and for continuous latents the mean `acceptance` of trajectories.
+
+        Where the data themselves are drawn from an RBM or Boltzmann machine, it is log Z that has to be annealed: the
+        posterior of the hidden units is then exact, `log_evidence` is −F(x) − log Ẑ, in expectation an upper bound, and its
+        `stderr`, that of log Ẑ, is an error that all rows have in common. `diagnostics["partition"]` is the estimate.
 
         Args:
             model: a Pyro program with a plate for its rows, latents finite or continuous or both.
@@ -148,7 +152,11 @@ class AIS:
         Raises:
             ValueError: for a program that branches on values, mixes rows of the batch, masks or scales its latents.
         """
-        return infer(self, model, args, kwargs, time.perf_counter())
+        begin = time.perf_counter()
+        machine = observed_machine(model, args, kwargs)
+        if machine is not None:
+            return infer_machine(self, model, machine, args, kwargs, begin)
+        return infer(self, model, args, kwargs, begin)
 
     def sandwich_simulated(
         self,
