@@ -30,7 +30,7 @@ from torch import Tensor
 from pyrovae.guides import AmortizedMeanField
 from pyrovae.handlers import relax
 from pyrovae.inference import Variational
-from pyrovae.inference.optimization import Optimization
+from pyrovae.inference.variational.optimization import Optimization
 from pyrovae.models import CategoricalVAE
 
 TEMPERATURE, STEPS = 0.5, 5

@@ -26,7 +26,7 @@ from pyrovae.handlers import discretize
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.elbo import ExactLikelihood
-from pyrovae.inference.exact import Exact
+from pyrovae.inference.exact.exact import Exact
 from pyrovae.inference.fit import Fit, versions
 from pyrovae.inference.posterior import Posterior, Program
 from pyrovae.ops import isolated_rng

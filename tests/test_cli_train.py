@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from pyrovae import train_job
 from pyrovae.cli import app
 from pyrovae.cli_train import train_command
-from pyrovae.inference.optimization import Optimization
+from pyrovae.inference.variational.optimization import Optimization
 from pyrovae.models import HierarchicalVAE
 from pyrovae.train_job.settings import RECIPES, TEMPERATURES
 
@@ -197,7 +197,7 @@ class TestInterrupted:
         def interrupted(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("pyrovae.inference.training.Training.__call__", interrupted)
+        monkeypatch.setattr("pyrovae.inference.variational.training.Training.__call__", interrupted)
         result = runner.invoke(app, ["train", *TINY, "--output", str(tmp_path / "run")])
         assert result.exit_code == 130
         assert "nothing was kept" in result.stderr

@@ -77,7 +77,7 @@ def test_imports_run_downwards(path):
     ("source", "part"),
     [
         ("from pyrovae.models import toy", "inference"),
-        ("def f():\n    import pyrovae.inference.exact", "models"),
+        ("def f():\n    import pyrovae.inference.exact.exact", "models"),
         ("from pyrovae import guides", "models"),
         ("from pyrovae.handlers import relax", "ops"),
         ("from pyrovae.data import load", "models"),

@@ -11,8 +11,8 @@ from stats import bound, largest_z, means_agree
 
 from pyrovae import data, train_job
 from pyrovae.diagnostics import temperature_curve
-from pyrovae.inference import checkpoint
-from pyrovae.inference.optimization import Optimization
+from pyrovae.inference.variational import checkpoint
+from pyrovae.inference.variational.optimization import Optimization
 from pyrovae.report_evaluation import Judged
 from pyrovae.train_job import Settings, job
 from pyrovae.train_job import folder as folder_of_run
@@ -230,7 +230,7 @@ class TestNothingHalfWritten:
             raise error("early")
 
         monkeypatch.setattr(checkpoint, "save", fails)
-        monkeypatch.setattr("pyrovae.inference.training.Training.__call__", fails)
+        monkeypatch.setattr("pyrovae.inference.variational.training.Training.__call__", fails)
         with pytest.raises(error, match="early"):
             train_job.train(tiny(), tmp_path / "new")
         (tmp_path / "old").mkdir()

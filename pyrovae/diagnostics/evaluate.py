@@ -17,7 +17,7 @@ from pyrovae.guides.pilot import innermost_program
 from pyrovae.handlers import check_measures, discretize, relax
 from pyrovae.handlers.rewrite import innermost
 from pyrovae.handlers.structure import Latent, check_all_rows, check_whole_plates, read_structure
-from pyrovae.inference.elimination import Term
+from pyrovae.inference.exact.elimination import Term
 from pyrovae.inference.fit import versions
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program

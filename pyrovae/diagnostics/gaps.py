@@ -13,12 +13,12 @@ from pyrovae.diagnostics.bounds import log_weights, mean_weight
 from pyrovae.guides.amortized import evaluating
 from pyrovae.guides.pilot import innermost_program
 from pyrovae.handlers.structure import Latent
-from pyrovae.inference.exact import Exact
-from pyrovae.inference.layered_net import layered_net
+from pyrovae.inference.exact.exact import Exact
 from pyrovae.inference.log_joint import LogJoint
-from pyrovae.inference.mean_field import MeanField
+from pyrovae.inference.mean_field.layered_net import layered_net
+from pyrovae.inference.mean_field.mean_field import MeanField
+from pyrovae.inference.mean_field.saul_jaakkola_jordan import SaulJaakkolaJordan
 from pyrovae.inference.posterior import Program
-from pyrovae.inference.saul_jaakkola_jordan import SaulJaakkolaJordan
 from pyrovae.inference.weighing import split_rows
 from pyrovae.ops import index_to_codes
 

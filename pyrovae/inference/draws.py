@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pyrovae.handlers.structure import Latent
-from pyrovae.inference.enumeration import Enumeration
-from pyrovae.inference.factors import dot
+from pyrovae.inference.exact.enumeration import Enumeration
+from pyrovae.inference.exact.factors import dot
+from pyrovae.inference.exact.tabulated import q_function
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Posterior, Program, States
-from pyrovae.inference.tabulated import q_function
 from pyrovae.ops import codes_to_index
 
 _MAX_BYTES = 2**28

@@ -14,7 +14,7 @@ from tqdm.auto import trange
 
 from pyrovae.handlers.energy import check_normalized, warn_of_energies
 from pyrovae.handlers.structure import read_structure
-from pyrovae.inference.exact import Exact
+from pyrovae.inference.exact.exact import Exact
 from pyrovae.inference.fit import Fit, check_penalty, snapshot, squared_norm, state_of, versions
 from pyrovae.inference.log_prior import log_prior_of
 from pyrovae.inference.posterior import Posterior, Program

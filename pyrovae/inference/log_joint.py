@@ -19,8 +19,8 @@ from pyrovae.handlers.structure import (
     read_structure,
     run_sites,
 )
-from pyrovae.inference.elimination import Term, add, sum_plates
-from pyrovae.inference.factors import site_factor
+from pyrovae.inference.exact.elimination import Term, add, sum_plates
+from pyrovae.inference.exact.factors import site_factor
 from pyrovae.ops import isolated_rng
 
 Program = Callable[..., Any]

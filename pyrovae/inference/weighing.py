@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.handlers.structure import Site, both, draw_sites, unmask
-from pyrovae.inference.elimination import Term
-from pyrovae.inference.factors import site_factor
+from pyrovae.inference.exact.elimination import Term
+from pyrovae.inference.exact.factors import site_factor
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.narrow import NarrowDraws
 from pyrovae.inference.posterior import Program, States

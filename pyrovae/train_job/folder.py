@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pyrovae.inference import checkpoint
-from pyrovae.inference.batches import check_device
 from pyrovae.inference.fit import versions
+from pyrovae.inference.variational import checkpoint
+from pyrovae.inference.variational.batches import check_device
 from pyrovae.ops import isolated_rng
 from pyrovae.train_job.families import FAMILIES, Autoencoding, build, check_known
 from pyrovae.train_job.settings import Settings

@@ -18,7 +18,7 @@ from pyrovae.guides import reconstruct
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference import Variational
 from pyrovae.inference.fit import Fit
-from pyrovae.inference.training import Training
+from pyrovae.inference.variational.training import Training
 from pyrovae.ops import isolated_rng
 from pyrovae.report import save_figure
 from pyrovae.report_evaluation import Judged

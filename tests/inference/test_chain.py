@@ -13,7 +13,7 @@ from torch import nn
 from pyrovae.distributions import MarkovChain
 from pyrovae.handlers import Module
 from pyrovae.inference import EM, Exact, ExactLikelihood, Gibbs, Variational
-from pyrovae.inference.chain import ChainPosterior
+from pyrovae.inference.exact.chain import ChainPosterior
 from pyrovae.models import HiddenMarkovModel
 
 LENGTHS = torch.tensor([4, 2, 1])

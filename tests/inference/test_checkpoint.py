@@ -20,7 +20,8 @@ from torch.optim import lr_scheduler
 
 from pyrovae import data
 from pyrovae.guides import AmortizedMeanField
-from pyrovae.inference import Variational, checkpoint, training
+from pyrovae.inference import Variational
+from pyrovae.inference.variational import checkpoint, training
 from pyrovae.models import GaussianVAE, toy
 
 STEPS = 12

@@ -15,7 +15,7 @@ from programs import CASES
 from pyro import poutine
 
 from pyrovae.inference import Exact
-from pyrovae.inference.enumeration import Enumeration
+from pyrovae.inference.exact.enumeration import Enumeration
 from pyrovae.models import toy
 
 NO_NUMBER = {"masked_rows_with_nan", "all_masked", "masked_pixels_with_nan"}  # plain log_prob has NaN gradients there

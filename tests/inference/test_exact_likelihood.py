@@ -76,7 +76,7 @@ def test_chunks_give_the_same_gradient():
         net.zero_grad()
         ExactLikelihood(max_bytes=max_bytes).loss_and_grads(net, None, x)
         gradients.append([p.grad.clone() for p in net.parameters()])
-    from pyrovae.inference.enumeration import Enumeration
+    from pyrovae.inference.exact.enumeration import Enumeration
 
     assert len(Enumeration(net, (x,), {}, max_bytes=20_000).chunks) > 3
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)

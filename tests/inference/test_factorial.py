@@ -7,7 +7,7 @@ import torch
 from stats import bound
 
 from pyrovae.inference import Exact, ExactLikelihood, ExactPosterior
-from pyrovae.inference.factorial import FactorialPosterior
+from pyrovae.inference.exact.factorial import FactorialPosterior
 from pyrovae.models import RestrictedBoltzmannMachine
 
 ROWS = 5

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from pyrovae.handlers.structure import Site
-from pyrovae.inference.elimination import Term, amax, eliminate, elimination_numel, sum_plates
-from pyrovae.inference.factors import dot, site_factor
+from pyrovae.inference.exact.elimination import Term, amax, eliminate, elimination_numel, sum_plates
+from pyrovae.inference.exact.factors import dot, site_factor
 
 
 def _site(fn, value, mask=None):

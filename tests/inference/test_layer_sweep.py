@@ -7,10 +7,10 @@ from gibbs_kernel import coordinates, kernel_agrees
 from stats import bound, chains_agree, largest_z
 
 from pyrovae.inference import MCMC, Exact, Gibbs, GibbsKernel
-from pyrovae.inference.layered_net import LayeredNet, layered_net
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.mcmc.gibbs import make_sweep
 from pyrovae.inference.mcmc.layer_sweep import FactorialSweep, LayerSweep, _Children
+from pyrovae.inference.mean_field.layered_net import LayeredNet, layered_net
 from pyrovae.models import DeepBeliefNet, RestrictedBoltzmannMachine, SigmoidBeliefNet, toy
 
 NETS = {

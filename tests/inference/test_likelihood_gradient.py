@@ -5,9 +5,9 @@ import torch
 from stats import means_agree
 
 from pyrovae.distributions import RBM, BoltzmannMachine
-from pyrovae.inference.likelihood_gradient import BoltzmannGradient, RBMGradient
-from pyrovae.inference.negative_phase import Persistent, Restarted, Tempered
-from pyrovae.inference.tempering import Ladder, ParallelTempering
+from pyrovae.inference.undirected.likelihood_gradient import BoltzmannGradient, RBMGradient
+from pyrovae.inference.undirected.negative_phase import Persistent, Restarted, Tempered
+from pyrovae.inference.undirected.tempering import Ladder, ParallelTempering
 from pyrovae.ops import index_to_codes
 
 

@@ -8,7 +8,7 @@ import torch
 from stats import bound
 
 from pyrovae.inference import EM, Exact, ExactLikelihood, ExactPosterior
-from pyrovae.inference.linear_code import LinearCodePosterior
+from pyrovae.inference.exact.linear_code import LinearCodePosterior
 from pyrovae.models import DeepBeliefNet, SigmoidBeliefNet, toy
 
 NETS = {"one unit": [1], "one layer": [3], "two layers": [3, 2], "three layers": [2, 3, 2], "rbm on top": None}

@@ -8,7 +8,7 @@ from brute_force import BruteForce, bits
 from programs import CASES
 
 from pyrovae.inference import EM, Exact, MeanField
-from pyrovae.inference.layered_mean_field import LayeredMeanFieldPosterior
+from pyrovae.inference.mean_field.layered_mean_field import LayeredMeanFieldPosterior
 from pyrovae.models import DeepBeliefNet, toy
 
 NAMES = [

@@ -13,9 +13,10 @@ from torch.nn.functional import logsigmoid
 from pyrovae import data
 from pyrovae.distributions import RBM
 from pyrovae.guides import AmortizedMeanField, AmortizedStructured
-from pyrovae.inference import ContrastiveDivergence, Exact, ExactLikelihood, GreedyPretraining, Variational, pretraining
-from pyrovae.inference.pretraining import tied
-from pyrovae.inference.stacked import Stack, aggregate, ascend
+from pyrovae.inference import ContrastiveDivergence, Exact, ExactLikelihood, GreedyPretraining, Variational
+from pyrovae.inference.belief_nets import pretraining
+from pyrovae.inference.belief_nets.pretraining import tied
+from pyrovae.inference.belief_nets.stacked import Stack, aggregate, ascend
 from pyrovae.models import DeepBeliefNet, SigmoidBeliefNet
 
 STATES = {n: torch.stack(bits(n)) for n in range(1, 7)}

@@ -12,9 +12,10 @@ from torch import nn
 
 from pyrovae.diagnostics import evaluate
 from pyrovae.guides import AmortizedMeanField
-from pyrovae.inference import Variational, true_bound, weighing
+from pyrovae.inference import Variational, weighing
 from pyrovae.inference.rows import readings, row_wise
-from pyrovae.inference.true_bound import TrueBound
+from pyrovae.inference.variational import true_bound
+from pyrovae.inference.variational.true_bound import TrueBound
 from pyrovae.models import toy
 
 N, K = 7, 4000

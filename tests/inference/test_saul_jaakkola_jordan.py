@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import softplus
 
 from pyrovae.inference import EM, Exact, MeanField, SaulJaakkolaJordan
-from pyrovae.inference.softplus_bound import SoftplusBound, bound_of_softplus
+from pyrovae.inference.mean_field.softplus_bound import SoftplusBound, bound_of_softplus
 from pyrovae.models import DeepBeliefNet, SigmoidBeliefNet, toy
 
 DEEP = [1, 5, [3, 2], [2, 3, 2]]

@@ -9,8 +9,8 @@ from stats import frequencies_agree, means_agree
 
 from pyrovae.distributions import RBM, BoltzmannMachine
 from pyrovae.inference import ParallelTempering
-from pyrovae.inference.block_chains import BoltzmannChains, RBMChains
-from pyrovae.inference.tempering import Ladder
+from pyrovae.inference.undirected.block_chains import BoltzmannChains, RBMChains
+from pyrovae.inference.undirected.tempering import Ladder
 from pyrovae.models import BoltzmannMachine as BoltzmannModel
 from pyrovae.models import RestrictedBoltzmannMachine
 from pyrovae.ops import codes_to_index, index_to_codes

@@ -23,11 +23,12 @@ from torch.optim import lr_scheduler
 from pyrovae import data
 from pyrovae.guides import AmortizedMeanField, LocalMeanField
 from pyrovae.handlers import discretize, relax, scale_kl, surrogate
-from pyrovae.inference import Exact, ExactLikelihood, Variational, checkpoint, true_bound
-from pyrovae.inference.batches import Batches, on_device
-from pyrovae.inference.optimization import Optimization
-from pyrovae.inference.schedules import make_optimizer
-from pyrovae.inference.true_bound import TrueBound
+from pyrovae.inference import Exact, ExactLikelihood, Variational
+from pyrovae.inference.variational import checkpoint, true_bound
+from pyrovae.inference.variational.batches import Batches, on_device
+from pyrovae.inference.variational.optimization import Optimization
+from pyrovae.inference.variational.schedules import make_optimizer
+from pyrovae.inference.variational.true_bound import TrueBound
 from pyrovae.models import GaussianVAE, toy
 
 

@@ -8,7 +8,7 @@ from pyro.nn import PyroModule
 
 from pyrovae.distributions import RBM, BoltzmannMachine
 from pyrovae.handlers import own_params
-from pyrovae.inference.undirected import energy_of
+from pyrovae.inference.undirected.energy import energy_of
 from pyrovae.models import BoltzmannMachine as BoltzmannModel
 from pyrovae.models import RestrictedBoltzmannMachine, toy
 

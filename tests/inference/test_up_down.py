@@ -15,7 +15,7 @@ from torch import nn
 from pyrovae.distributions import RBM, BoltzmannMachine
 from pyrovae.guides import AmortizedMeanField, AmortizedStructured
 from pyrovae.inference import Exact, GreedyPretraining, UpDown, Variational
-from pyrovae.inference.wake_sleep import TwoPhases
+from pyrovae.inference.belief_nets.wake_sleep import TwoPhases
 from pyrovae.models import DeepBeliefNet, SigmoidBeliefNet
 
 X = torch.tensor([[1.0, 0, 1]], dtype=torch.float64)

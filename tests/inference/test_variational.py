@@ -20,7 +20,7 @@ from pyrovae import data
 from pyrovae.guides import AmortizedMeanField, LocalMeanField
 from pyrovae.handlers import own_params, relax
 from pyrovae.inference import Exact, ExactLikelihood, Variational
-from pyrovae.inference.optimization import Optimization
+from pyrovae.inference.variational.optimization import Optimization
 from pyrovae.models import toy
 
 SGD = partial(torch.optim.SGD, lr=1.0)

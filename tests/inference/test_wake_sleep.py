@@ -17,7 +17,7 @@ from torch import nn
 
 from pyrovae.guides import AmortizedMeanField, AmortizedStructured, LocalMeanField
 from pyrovae.inference import Exact, Variational, WakeSleep
-from pyrovae.inference.wake_sleep import TwoPhases, dream
+from pyrovae.inference.belief_nets.wake_sleep import TwoPhases, dream
 from pyrovae.models import DeepBeliefNet, GaussianVAE, SigmoidBeliefNet, toy
 
 

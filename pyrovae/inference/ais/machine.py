@@ -13,9 +13,9 @@ from pyrovae.distributions.undirected import Undirected
 from pyrovae.handlers import declared, with_log_partition
 from pyrovae.handlers.rewrite import innermost
 from pyrovae.handlers.structure import Site, draw_sites, read_structure
-from pyrovae.inference.exact import Exact
+from pyrovae.inference.exact.exact import Exact
+from pyrovae.inference.exact.routes import ROUTES, Task
 from pyrovae.inference.posterior import Posterior, Program
-from pyrovae.inference.routes import ROUTES, Task
 from pyrovae.ops import FactorialCode, isolated_rng
 
 if TYPE_CHECKING:

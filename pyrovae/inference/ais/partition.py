@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae.distributions import RBM, BoltzmannMachine
 from pyrovae.distributions.boltzmann import BoltzmannMarginal
 from pyrovae.inference.ais.interval import normal_interval
-from pyrovae.inference.undirected import energy_of
+from pyrovae.inference.undirected.energy import energy_of
 from pyrovae.ops import check_enumerable, effective_sample_size, log_mean_exp, sample_boltzmann, sample_rbm
 from pyrovae.ops.annealing import BoltzmannPath, RbmPath
 from pyrovae.ops.mean_bound import log_mean_lower_bound

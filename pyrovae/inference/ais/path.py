@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrovae.handlers.structure import Latent, draw_sites
-from pyrovae.inference.elimination import Term
-from pyrovae.inference.layered_net import LayeredNet
+from pyrovae.inference.exact.elimination import Term
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.mcmc.gibbs import check_conditionals
 from pyrovae.inference.mcmc.layer_sweep import LayerSweep
 from pyrovae.inference.mcmc.sweeps import ProgramSweep
+from pyrovae.inference.mean_field.layered_net import LayeredNet
 from pyrovae.inference.posterior import States
 from pyrovae.inference.weighing import draw
 

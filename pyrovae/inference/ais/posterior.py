@@ -15,8 +15,8 @@ from pyrovae.handlers.structure import check_all_rows, check_whole_plates, commo
 from pyrovae.inference.ais.partition import Sandwich, warn_of_few
 from pyrovae.inference.ais.path import ProgramPath, check_program
 from pyrovae.inference.draws import DrawsPosterior
-from pyrovae.inference.layered_net import layered_net
 from pyrovae.inference.log_joint import LogJoint
+from pyrovae.inference.mean_field.layered_net import layered_net
 from pyrovae.inference.posterior import Program, States
 from pyrovae.inference.rows import NUMEL, row_numel
 from pyrovae.inference.weighing import draw, evidence

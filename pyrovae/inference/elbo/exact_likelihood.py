@@ -13,9 +13,9 @@ from torch import Tensor
 from pyrovae.handlers.energy import check_normalized, warn_of_energies
 from pyrovae.handlers.own_params import announce
 from pyrovae.handlers.structure import Structure, read_structure
-from pyrovae.inference.enumeration import Enumeration
+from pyrovae.inference.exact.enumeration import Enumeration
+from pyrovae.inference.exact.routes import FoundRoute, find_route
 from pyrovae.inference.log_joint import log_likelihood
-from pyrovae.inference.routes import FoundRoute, find_route
 
 Program = Callable[..., Any]
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from pyrovae.handlers import declared
 from pyrovae.handlers.structure import Latent, finite_latents, one_plate_a_dim
 from pyrovae.inference.draws import DrawsPosterior
-from pyrovae.inference.enumeration import Enumeration
-from pyrovae.inference.layered_net import layered_net
+from pyrovae.inference.exact.enumeration import Enumeration
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.mcmc.chain_sweep import ChainSweep
 from pyrovae.inference.mcmc.layer_sweep import FactorialSweep, LayerSweep, faster_than_table
 from pyrovae.inference.mcmc.sweeps import ProgramSweep, TableSweep
+from pyrovae.inference.mean_field.layered_net import layered_net
 from pyrovae.inference.posterior import Program
 from pyrovae.ops import isolated_rng
 

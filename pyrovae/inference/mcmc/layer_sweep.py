@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyrovae.handlers.structure import Latent, Structure
-from pyrovae.inference.layered_net import LayeredNet
 from pyrovae.inference.mcmc.sweeps import Codes, code_dtype
+from pyrovae.inference.mean_field.layered_net import LayeredNet
 from pyrovae.ops import FactorialCode
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.handlers.structure import Latent
-from pyrovae.inference.elimination import Term, add
-from pyrovae.inference.enumeration import Enumeration
+from pyrovae.inference.exact.elimination import Term, add
+from pyrovae.inference.exact.enumeration import Enumeration
 from pyrovae.inference.log_joint import LogJoint
 
 Codes = dict[str, Tensor]  # {site: [C, *batch_shape, components]}, int64
