@@ -97,8 +97,8 @@ def compare_command(
     JSON, Markdown, plots, and each posterior as netCDF for ArviZ.
 
     Learners of sbn: exact EM, exact gradient, Monte-Carlo EM, variational EM, wake-sleep, score function, relaxation. Of dbn:
-    exact gradient, greedy, greedy with up-down, score function. Of rbm and bm: exact gradient, CD-1, PCD-1, PCD-10; of rbm
-    also tempering. Of mixture and hmm: exact EM, exact gradient, Monte-Carlo EM; of mixture also score function.
+    exact gradient, Monte-Carlo EM, greedy, up-down, wake-sleep, score function. Of rbm and bm: exact gradient, CD-1, PCD-1,
+    PCD-10; of rbm also tempering. Of mixture and hmm: exact EM, exact gradient, Monte-Carlo EM; of mixture also score function.
 
     Inference: exact, Gibbs, mean field, Saul-Jaakkola-Jordan, local VI, AIS, amortised VI, importance, where they apply.
 

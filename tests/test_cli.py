@@ -129,8 +129,18 @@ def test_help(runner):
     words = " ".join(result.stdout.split())
     for option in ("--data", "--hidden", "--methods", "--budget", "--seeds", "--penalty", "--rows", "--output", "--quiet"):
         assert option in words
-    for name in ("Monte-Carlo EM", "score function", "amortised VI", "bars_and_stripes"):
-        assert name in words
+    for name in ("bars_and_stripes", *main_job.FAMILIES, *(name for f in main_job.FAMILIES.values() for name in f.methods)):
+        assert name in words, name
+
+
+def test_the_note_on_penalties_is_true():
+    """Greedy pretraining takes none."""
+    settings = main_job.Settings(
+        family="dbn", data="bars_and_stripes", hidden=(3, 4), rows=30, budget=0.003, methods=("greedy", "Monte-Carlo EM")
+    )
+    found = main_job.run(settings)
+    assert {name: fit.penalty for name, fit in found.learning.fits.items()} == {"greedy": 0.0, "Monte-Carlo EM": 0.1}
+    assert any("All learners but greedy share" in note for note in found.notes)
 
 
 def test_version_and_missing_word(runner):

@@ -226,7 +226,7 @@ def _importance(task: Task, guide: Any) -> Importance:
 
 
 def _posterior_ais(task: Task) -> AIS:
-    return AIS(10, task.times(100, 10))
+    return AIS(20, task.times(100, 10))
 
 
 def _partition_ais(task: Task) -> AIS:
@@ -234,10 +234,13 @@ def _partition_ais(task: Task) -> AIS:
 
 
 def _contrastive(task: Task, k: int, **options: Any) -> ContrastiveDivergence:
+    batch_size, steps = min(32, task.rows), task.times(3000, 20)
     return ContrastiveDivergence(
         k,
-        num_epochs=task.times(200),
-        batch_size=task.batch_size,
+        num_steps=steps,
+        batch_size=batch_size,
+        optim=partial(torch.optim.SGD, lr=0.1),
+        scheduler=partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.02, total_iters=steps),
         penalty=task.penalty,
         log_rows=task.rows,
         exact_bits=20,
@@ -314,6 +317,7 @@ FAMILIES: Mapping[str, Family] = {
         build=lambda hidden, x: _with_bias(DeepBeliefNet(x.shape[1], list(hidden)), x),
         learners={
             "exact gradient": partial(_exact_gradient, rate=0.03),
+            "Monte-Carlo EM": _monte_carlo_em,
             "greedy": _greedy,
             "up-down": _up_down,
             "wake-sleep": partial(_wake_sleep, guide=AmortizedStructured),
@@ -323,6 +327,7 @@ FAMILIES: Mapping[str, Family] = {
             "exact": lambda task: Exact(),
             "Gibbs": _gibbs,
             "mean field": lambda task: MeanField(),
+            "Saul-Jaakkola-Jordan": lambda task: SaulJaakkolaJordan(),
             "AIS": _posterior_ais,
         },
         guided=GUIDED,
@@ -403,7 +408,7 @@ FAMILIES: Mapping[str, Family] = {
             "exact gradient": partial(_exact_gradient, rate=0.03),
             "Monte-Carlo EM": _monte_carlo_em,
         },
-        inferers={"exact": lambda task: Exact(), "Gibbs": _gibbs, "local VI": _local_vi},
+        inferers={"exact": lambda task: Exact(), "Gibbs": _gibbs, "local VI": _local_vi, "AIS": _posterior_ais},
         guided={},
         guide=None,
         reference="exact EM",

@@ -82,7 +82,7 @@ def run(settings: Settings, progress: Progress | None = None) -> MainJob:
     learning = None
     if learners:
         learning = compare(model, train, learners, x_test=test, seeds=settings.seeds, progress=tell.within)
-        notes.append(_of_the_penalty(family, settings.penalty))
+        notes.append(_of_the_penalty(family, settings.penalty, learning))
         source = learning
     else:
         tell("a model to infer on")
@@ -259,12 +259,16 @@ def _samples(test: Tensor, learned: Comparison, seed: int) -> dict[str, Tensor]:
     return {name: x.reshape(len(x), -1) for name, x in drawn.items()}
 
 
-def _of_the_penalty(family: Family, penalty: float) -> str:
+def _of_the_penalty(family: Family, penalty: float, learning: Comparison) -> str:
     if not family.takes_penalty:
         return "Learners maximise the log likelihood plus the log density of the model's own priors on its parameters."
     if penalty == 0:
         return "No penalty: where a pixel is never on, the maximum likelihood is at infinity."
+    without = [name for name, fit in learning.fits.items() if fit.penalty != penalty]
+    shared = (
+        "Learners share one weak penalty" if not without else f"All learners but {', '.join(without)} share one weak penalty"
+    )
     return (
-        f"All learners share one weak penalty, a Gaussian prior of precision {penalty:g} on each parameter: pixels that are "
-        "never on would otherwise drive the maximum likelihood to infinity. Log p(x) and bounds are without it."
+        f"{shared}, a Gaussian prior of precision {penalty:g} on each parameter: pixels that are never on would otherwise "
+        "drive the maximum likelihood to infinity. Log p(x) and bounds are without it."
     )
