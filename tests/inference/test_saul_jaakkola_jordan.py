@@ -1,7 +1,9 @@
 """SaulJaakkolaJordan: a lower bound by enumeration, monotone, best in ξ, and what would not be a bound is caught."""
 
+import copy
 import itertools
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -34,8 +36,8 @@ def units(seed, bits=6, count=8, rows=3, scale=2.0):
 
 def tightened(means, weight, bias):
     bound = SoftplusBound(weight, bias)
-    bound.start(means)
-    bound.tighten(means, steps=100)
+    bound.start(means.logit())
+    bound.tighten(means.logit(), steps=100)
     return bound
 
 
@@ -60,7 +62,7 @@ def test_bound_of_softplus(scale):
         tilt = bound.tilt
         best = per_unit(means, tilt, weight, bias)
         assert torch.allclose(bound.value(), best.sum(-1), rtol=1e-12)
-        assert torch.allclose(bound_of_softplus(means, tilt, weight, bias), best.sum(-1), rtol=1e-12)
+        assert torch.allclose(bound_of_softplus(means.logit(), tilt, weight, bias), best.sum(-1), rtol=1e-12)
         assert is_upper_bound(best, exact)
         assert bool(((tilt >= 0) & (tilt <= 1)).all())
         grid = torch.linspace(0, 1, 201)
@@ -82,7 +84,7 @@ def test_a_bit_by_hand():
     low = math.exp(-tilt * bias) * (1 - mean + mean * math.exp(-tilt * weight))
     high = math.exp((1 - tilt) * bias) * (1 - mean + mean * math.exp((1 - tilt) * weight))
     by_hand = tilt * (bias + mean * weight) + math.log(low + high)
-    assert math.isclose(float(bound_of_softplus(means, torch.tensor([[tilt]]), w, b)), by_hand, rel_tol=1e-14)
+    assert math.isclose(float(bound_of_softplus(means.logit(), torch.tensor([[tilt]]), w, b)), by_hand, rel_tol=1e-14)
     assert by_hand > exact + 1e-4
     assert math.isclose(float(tightened(means, w, b).value()), exact, rel_tol=1e-10)
 
@@ -91,15 +93,15 @@ def test_slope_and_moves_are_those_of_the_bound():
     means, weight, bias, _ = units(0)
     bound = tightened(means, weight, bias)
     free = means.clone().requires_grad_()
-    bound_of_softplus(free, bound.tilt, weight, bias).sum().backward()
+    bound_of_softplus(free.logit(), bound.tilt, weight, bias).sum().backward()
     for j in range(means.shape[1]):
-        assert torch.allclose(bound.slope(j, means[:, j]), free.grad[:, j], atol=1e-12)
+        assert torch.allclose(bound.slope(j, means[:, j].logit()), free.grad[:, j], atol=1e-12)
     for j in range(means.shape[1]):
-        bound.slope(j, means[:, j].clone())
+        bound.slope(j, means[:, j].logit())
         means[:, j] = torch.rand(len(means))
-        bound.move(j, means[:, j])
+        bound.move(j, means[:, j].logit())
     bound.mean = bias + means @ weight
-    assert torch.allclose(bound.value(), bound_of_softplus(means, bound.tilt, weight, bias), atol=1e-12)
+    assert torch.allclose(bound.value(), bound_of_softplus(means.logit(), bound.tilt, weight, bias), atol=1e-12)
 
 
 @pytest.mark.parametrize("hidden", DEEP, ids=str)
@@ -144,6 +146,68 @@ def test_monotone_converged_and_accounted(hidden):
     assert not bool(few.diagnostics["converged"].all())
 
 
+def expected_log_joint_by_listing(net, x, logits):
+    """E_q[log p(x, h)] in float64, over all joint states."""
+    net, x = copy.deepcopy(net).double(), x.double()
+    q = torch.cat([value.double() for value in logits.values()], -1)
+    codes = torch.tensor(list(itertools.product([0.0, 1.0], repeat=q.shape[-1]))).unsqueeze(1)
+    states = codes.split([value.shape[-1] for value in logits.values()], -1)
+    total, below = 0.0, x
+    for weight, bias, h in zip(net.weights, net.biases, states, strict=True):
+        z = bias + h @ weight
+        total = total + (below * z - softplus(z, threshold=700.0)).sum(-1)
+        below = h
+    total = total + (below * net.prior - softplus(net.prior, threshold=700.0)).sum(-1)
+    log_q = -softplus(torch.where(codes > 0, -q, q), threshold=700.0).sum(-1)
+    return (log_q.exp() * total).sum(0).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", [20.0, 100.0, 300.0])
+def test_saturated_units_under_large_weights(scale, dtype):
+    """Where μ rounds to 1, 1 − μ decides: the bound stays one, its gradient a number, and EM's objective is `infer`'s."""
+    hidden = [3, 2]
+    rounding = 10 * 40 * scale * torch.finfo(dtype).eps  # of a dozen sums of all 39 terms
+    for seed in range(3):
+        net = random_net(5, hidden, 1.0, seed).to(dtype)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(scale * parameter.sign())
+        x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=5)), dtype=dtype)
+        found = SaulJaakkolaJordan(2, 50).infer(net, x)
+        assert bool((found.log_evidence <= Exact(declared=False).infer(net, x).log_evidence + rounding).all())
+        assert torch.allclose(found.expected_log_joint(net) + found.entropy, found.log_evidence, rtol=0, atol=rounding)
+        for size in (1.0, 20.0, 200.0):
+            logits = {site: size * torch.randn_like(value) for site, value in found.logits.items()}
+            tilts = tuple(torch.rand_like(tilt) for tilt in found.tilts)
+            other = replace(found, logits=logits, tilts=tilts)
+            value = other.expected_log_joint(net)
+            exact = expected_log_joint_by_listing(net, x, logits)
+            assert bool((value <= exact + rounding).all())
+            assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(value.sum(), list(net.parameters())))
+
+
+@pytest.mark.parametrize("scale", [30.0, 100.0])
+def test_monotone_at_large_weights(scale):
+    for seed in range(6):
+        net = random_net(6, [5, 3], scale, seed)
+        found = SaulJaakkolaJordan(3, 60).infer(net, net.sample(5))
+        for history in found.diagnostics["bounds"]:
+            assert float(torch.tensor(history).diff().min()) >= -1e-13 * 100 * scale
+
+
+def test_learning_where_weights_grow():
+    """Data that a net can tell apart for sure: weights rise without limit, and the bound goes on rising."""
+    x = torch.zeros(40, 8)
+    x[:20, :4], x[20:, 4:6], x[::2, 7] = 1, 1, 1
+    for dtype in (torch.float64, torch.float32):
+        net = random_net(8, 3, 20.0, 0).to(dtype)
+        bounds = [record["bound"] for record in EM(SaulJaakkolaJordan(2, 50), num_iterations=6).fit(net, x.to(dtype)).history]
+        assert all(math.isfinite(bound) for bound in bounds)
+        assert bounds[-1] > bounds[0]
+        assert all(bool(parameter.isfinite().all()) for parameter in net.parameters())
+
+
 def test_fixed_point_has_zero_gradient():
     net = random_net(6, [3, 2], 2.0, 2)
     found = SaulJaakkolaJordan(1, 20000, tolerance=0.0).infer(net, net.sample(4))
@@ -159,7 +223,7 @@ def test_fixed_point_has_zero_gradient():
 
 
 def vars_of(posterior):
-    return {name: getattr(posterior, name) for name in posterior.__dataclass_fields__}
+    return {item.name: getattr(posterior, item.name) for item in fields(posterior)}
 
 
 @pytest.mark.parametrize("hidden", [[4, 3], [3, 4, 2]], ids=str)

@@ -118,4 +118,5 @@ class BitsPosterior(Posterior):
 
 def bit_entropy(logits: Tensor) -> Tensor:
     """The entropy of a Bernoulli by its logit, elementwise, in nats."""
-    return -logsigmoid(-logits) - logits * logits.sigmoid()
+    size = logits.abs()  # the entropy is even, and large terms would cancel
+    return size * (-size).sigmoid() - logsigmoid(size)

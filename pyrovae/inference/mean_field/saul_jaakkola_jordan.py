@@ -168,13 +168,14 @@ class SaulJaakkolaJordanPosterior(BitsPosterior):
         net = layered_net(model, self.log_joint.args, self.log_joint.kwargs, self.structure)
         if net is None:
             return self.expectation(lambda z: self.log_joint(z, model))[0]
-        means = [self.logits[site].to(net.x).sigmoid() for site in net.layers.sites]
+        logits = [self.logits[site].to(net.x) for site in net.layers.sites]
+        means = [value.sigmoid() for value in logits]
         total = net.linear_terms(means) - net.log_normalizer(_INSTEAD)
-        for layer, (mean, tilt) in enumerate(zip(means, self.tilts, strict=True)):
+        for layer, (value, tilt) in enumerate(zip(logits, self.tilts, strict=True)):
             size = max(1, 2**22 // net.layers.weights[layer].numel())
             parts = [
-                checkpoint(bound_of_softplus, m, t, net.layers.weights[layer], net.bias(layer), use_reentrant=False)
-                for m, t in zip(mean.split(size), tilt.to(net.x).split(size), strict=True)
+                checkpoint(bound_of_softplus, v, t, net.layers.weights[layer], net.bias(layer), use_reentrant=False)
+                for v, t in zip(value.split(size), tilt.to(net.x).split(size), strict=True)
             ]
             total = total - torch.cat(parts)
         if net.layers.top_weight is not None and net.layers.top_hidden_bias is not None:
@@ -216,7 +217,7 @@ class _Ascent:
         self.logits = [torch.randn(len(net.x), units, dtype=net.x.dtype, device=net.x.device) for units in net.sizes]
         self.bounds = [SoftplusBound(weight, net.bias(layer)) for layer, weight in enumerate(net.layers.weights)]
         for bound, logits in zip(self.bounds, self.logits, strict=True):
-            bound.start(logits.sigmoid())
+            bound.start(logits)
 
     def bound(self) -> Tensor:
         """The bound of log p(x), `[N]`."""
@@ -233,7 +234,7 @@ class _Ascent:
         for layer in range(self.net.depth):
             self._update(layer)
         for bound, logits in zip(self.bounds, self.logits, strict=True):
-            bound.tighten(logits.sigmoid())
+            bound.tighten(logits)
 
     def _update(self, layer: int) -> None:
         """Every μ_j of a layer to σ(its bilinear terms − the slope of the bound of its children's softplus)."""
@@ -247,12 +248,14 @@ class _Ascent:
         top = self._top(means) if layer + 1 == net.depth and net.layers.top_weight is not None else None
         for j in range(weight.shape[0]):
             old = means[:, j].clone()
-            logit = linear[:, j] - self.bounds[layer].slope(j, old)
+            logit = linear[:, j] - self.bounds[layer].slope(j, self.logits[layer][:, j])
             if top is not None and net.layers.top_weight is not None:
                 logit = logit + top.sigmoid() @ net.layers.top_weight[j]
+            # What is maximised is concave in μ_j: the largest logit is the best one within bounds.
+            logit = logit.clamp(-SoftplusBound.LARGEST_LOGIT, SoftplusBound.LARGEST_LOGIT)
             means[:, j] = logit.sigmoid()
             self.logits[layer][:, j] = logit
-            self.bounds[layer].move(j, means[:, j])
+            self.bounds[layer].move(j, logit)
             if top is not None and net.layers.top_weight is not None:
                 top = top + (means[:, j] - old).unsqueeze(-1) * net.layers.top_weight[j]
 
