@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from pyrovae.distributions.chains import PersistentChains
 from pyrovae.distributions.undirected import INSTEAD, Undirected
 from pyrovae.ops import boltzmann_log_partition, boltzmann_moments, boltzmann_sweep, check_enumerable, sample_boltzmann
+from pyrovae.ops.boltzmann import allowed_asymmetry
 from pyrovae.ops.states import index_to_codes
 
 
@@ -100,13 +101,13 @@ class BoltzmannMachine(Undirected):
 
     @property
     def mean(self) -> Tensor:
-        """E[x], exact by enumeration, `[*batch_shape, n]`."""
+        """E[x], exact by enumeration, `[*batch_shape, n]`; without a gradient, a second one of log Z."""
         self._check_enumerable()
         return boltzmann_moments(self.J, self.b, max_bits=self.max_bits)[1].expand(self.batch_shape + self.event_shape)
 
     @property
     def variance(self) -> Tensor:
-        """Var[x_i], exact by enumeration, `[*batch_shape, n]`."""
+        """Var[x_i], exact by enumeration, `[*batch_shape, n]`; without a gradient, as `mean`."""
         mean = self.mean
         return mean * (1 - mean)
 
@@ -208,12 +209,12 @@ class BoltzmannMarginal(Undirected):
 
     @property
     def mean(self) -> Tensor:
-        """E[v], exact by enumeration, `[*batch_shape, k]`."""
+        """E[v], exact by enumeration, `[*batch_shape, k]`; without a gradient, a second one of log Z."""
         return self.machine.mean[..., : self.event_shape[0]].expand(self.batch_shape + self.event_shape)
 
     @property
     def variance(self) -> Tensor:
-        """Var[v_i], exact by enumeration, `[*batch_shape, k]`."""
+        """Var[v_i], exact by enumeration, `[*batch_shape, k]`; without a gradient, as `mean`."""
         mean = self.mean
         return mean * (1 - mean)
 
@@ -247,7 +248,7 @@ _CHUNK_BITS = 21
 def _check_couplings(J: Tensor) -> None:
     """Couplings are symmetric, up to rounding, and have no diagonal."""
     asymmetry, diagonal = (J - J.T).abs().max(), J.diagonal().abs().max()
-    if bool((diagonal > 0) | (asymmetry > torch.finfo(J.dtype).eps ** 0.75 * J.abs().max())):
+    if bool((diagonal > 0) | (asymmetry > allowed_asymmetry(J))):
         raise ValueError(
             f"expected symmetric couplings J with a zero diagonal, got asymmetries up to {float(asymmetry):.3g} and a diagonal "
             f"up to {float(diagonal):.3g}; symmetrise, J = (A + A.T) / 2, and move the diagonal into b: b + J.diagonal() / 2"

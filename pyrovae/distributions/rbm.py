@@ -105,13 +105,13 @@ class RBM(Undirected):
 
     @property
     def mean(self) -> Tensor:
-        """E[v], exact by enumeration, `[*batch_shape, D]`."""
+        """E[v], exact by enumeration, `[*batch_shape, D]`; without a gradient, a second one of log Z."""
         self._check_enumerable()
         return rbm_moments(self.W, self.b, self.c, max_bits=self.max_bits)[1].expand(self.batch_shape + self.event_shape)
 
     @property
     def variance(self) -> Tensor:
-        """Var[v_i], exact by enumeration, `[*batch_shape, D]`."""
+        """Var[v_i], exact by enumeration, `[*batch_shape, D]`; without a gradient, as `mean`."""
         mean = self.mean
         return mean * (1 - mean)
 

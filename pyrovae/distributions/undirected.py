@@ -115,12 +115,16 @@ class Undirected(TorchDistribution):
     def with_log_partition(self, log_partition: float | Tensor) -> Any:
         """The same with a log Z from elsewhere, such as an estimate of :class:`pyrovae.inference.AIS`.
 
+        Args:
+            log_partition: log Z, a number or a tensor that broadcasts to the batch shape.
+
         Raises:
-            ValueError: for one that is not finite.
+            ValueError: for one that is not finite, or of another shape.
         """
         value = torch.as_tensor(log_partition).to(self._like)
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"expected a finite log_partition, got {log_partition}; is it that of these parameters?")
+        _check_shape(value, self.batch_shape)
         new = self.expand(self.batch_shape)
         new._given, new.partition_is = value, "given"
         return new
@@ -168,6 +172,8 @@ class Undirected(TorchDistribution):
             self._check_finite()
         if log_partition is not None and not isinstance(log_partition, Tensor):
             log_partition = self._like.new_tensor(float(log_partition))
+        if log_partition is not None:
+            _check_shape(log_partition, batch_shape)
         if log_partition is not None and self._validate_args and not bool(torch.isfinite(log_partition).all()):
             raise ValueError(f"expected a finite log_partition, got {log_partition}; is it that of these parameters?")
         if chains is not None and not isinstance(chains, PersistentChains):
@@ -212,6 +218,19 @@ class Undirected(TorchDistribution):
                 f"expected values in {{0, 1}} for {type(self).__name__}, got {got}; scale to [0, 1] and binarize, see "
                 "pyrovae.data.binarize"
             )
+
+
+def _check_shape(log_partition: Tensor, batch_shape: Size) -> None:
+    """A given log Z is one number, or one for each element of the batch."""
+    try:
+        fits = torch.broadcast_shapes(log_partition.shape, batch_shape) == batch_shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"expected a log_partition that broadcasts to the batch shape {list(batch_shape)}, got shape "
+            f"{list(log_partition.shape)}; give one number for each distribution"
+        )
 
 
 class _WithoutGradient(torch.autograd.Function):

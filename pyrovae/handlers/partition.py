@@ -9,7 +9,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.distributions.undirected import Undirected
-from pyrovae.handlers.rewrite import innermost
+from pyrovae.handlers.rewrite import innermost, rewrap
 
 
 class WithLogPartition:
@@ -67,5 +67,4 @@ class _Give(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if isinstance(innermost(msg["fn"]), Undirected) and self.site in (None, msg["name"]):
             self.sites.append(msg["name"])
-            if isinstance(msg["fn"], Undirected):
-                msg["fn"] = msg["fn"].with_log_partition(self.log_partition)
+            msg["fn"] = rewrap(msg["fn"], lambda fn: fn.with_log_partition(self.log_partition))

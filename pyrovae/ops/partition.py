@@ -26,7 +26,8 @@ def rbm_log_partition(
 ) -> Tensor:
     """The log partition function of an RBM, log Σ_{v,h} exp(bᵀv + cᵀh + vᵀWh).
 
-    Exact. In float64 to rounding; with float32 weights to about 1e-5 nat, for sums and logarithms are taken in float64.
+    Exact. In float64 to rounding; with float32 weights to a relative 1e-7 or so, that of the result's own rounding, for sums
+    and logarithms are taken in float64.
     Differentiable once: the gradient is the exact moments (:func:`rbm_moments`), computed in the backward pass in thrice the
     time of the forward pass and with no more memory.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyrovae.diagnostics import bound_with_partition
-from pyrovae.distributions import RBM
+from pyrovae.distributions import RBM, BoltzmannMachine
 from pyrovae.guides import AmortizedStructured
 from pyrovae.handlers import with_log_partition
 from pyrovae.inference import AIS, Exact, Gibbs, Importance, Variational
@@ -92,6 +92,46 @@ def test_refusals():
         bound_with_partition(Gibbs(5, 1, 1), chained, x, partition=1.0)
     with pytest.raises(ValueError, match="finite log_partition"):
         RBM(torch.zeros(3, 2), torch.zeros(3), torch.zeros(2)).with_log_partition(float("nan"))
+
+
+def test_a_given_log_z_has_the_shape_of_the_batch():
+    for bad in (torch.zeros(7), torch.zeros(1)):
+        with pytest.raises(ValueError, match=r"log_partition that broadcasts to the batch shape \[\], got shape \[[71]\]"):
+            RBM(torch.zeros(3, 2), torch.zeros(3), torch.zeros(2), log_partition=bad)
+        with pytest.raises(ValueError, match="broadcasts to the batch shape"):
+            RBM(torch.zeros(3, 2), torch.zeros(3), torch.zeros(2)).with_log_partition(bad)
+    machine = BoltzmannMachine(torch.zeros(3, 3), torch.zeros(4, 3), log_partition=torch.zeros(4))
+    assert machine.with_log_partition(torch.ones(4)).log_prob(torch.ones(3)).tolist() == [-1.0] * 4
+    assert machine.with_log_partition(1.0).log_prob(torch.ones(3)).tolist() == [-1.0] * 4
+    with pytest.raises(ValueError, match=r"batch shape \[4\], got shape \[5\]"):
+        machine.with_log_partition(torch.zeros(5))
+
+
+WRAPPERS = {
+    "mask": lambda fn: fn.mask(torch.tensor([True, False, True])),
+    "event": lambda fn: fn.expand([3, 2]).to_event(1),
+    "expand": lambda fn: pyro.distributions.torch_distribution.ExpandedDistribution(fn, torch.Size([3])),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_log_z_is_given_inside_of_wrappers(wrap):
+    rbm = RBM(torch.randn(4, 2), torch.randn(4), torch.randn(2))
+    x = torch.ones(wrap(rbm).shape())
+
+    def program(x):
+        with pyro.plate("data", 3):
+            pyro.sample("x", wrap(rbm), obs=x)
+
+    log_prob = {}
+    for name, run in {"exact": program, "given": with_log_partition(program, rbm.log_partition() - 2.0)}.items():
+        trace = pyro.poutine.trace(run).get_trace(x)
+        trace.compute_log_prob()
+        log_prob[name] = trace.nodes["x"]["log_prob"]
+    assert log_prob["exact"].shape == log_prob["given"].shape == (3,)
+    seen = torch.tensor([1.0, 0.0, 1.0]) if wrap is WRAPPERS["mask"] else torch.ones(3)
+    units = 2.0 if wrap is WRAPPERS["event"] else 1.0
+    assert torch.allclose(log_prob["given"] - log_prob["exact"], 2.0 * units * seen)
 
 
 def test_an_rbm_as_a_whole():

@@ -8,6 +8,7 @@ import stats
 import torch
 
 from pyrovae.distributions import BoltzmannMachine, BoltzmannMarginal, PersistentChains
+from pyrovae.ops import boltzmann_log_partition
 
 
 def states(n):
@@ -157,6 +158,16 @@ def test_bad_parameters():
         BoltzmannMachine(J, b.expand(2, 5), chains=PersistentChains())
     with pytest.raises(ValueError, match=r"expected values in \{0, 1\} for BoltzmannMarginal, got values from 0.3 to 1"):
         BoltzmannMachine(J, b).marginal(2).log_prob(torch.tensor([0.3, 1.0]))
+    for dtype, within, beyond in ((torch.float32, 3e-6, 3e-5), (torch.float64, 1e-12, 1e-11)):  # as the ops that it calls
+        symmetric = torch.ones(5, 5, dtype=dtype) - torch.eye(5, dtype=dtype)
+        near, far = symmetric.clone(), symmetric.clone()
+        near[0, 1] += within
+        far[0, 1] += beyond
+        BoltzmannMachine(near, b.to(dtype)).log_partition()
+        with pytest.raises(ValueError, match="expected symmetric"):
+            BoltzmannMachine(far, b.to(dtype))
+        with pytest.raises(ValueError, match="expected symmetric"):
+            boltzmann_log_partition(far, b.to(dtype))
     # rounding is no asymmetry, and what is not validated is not looked at
     BoltzmannMachine(J + 1e-15 * J.triu(), b)
     BoltzmannMachine(J.triu(), b, validate_args=False)

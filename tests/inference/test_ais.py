@@ -228,6 +228,48 @@ def test_untrustworthy_estimates_warn():
         AIS(60, 2, step_size=0.1).infer(model, model(batch_size=3).detach())
 
 
+def test_data_of_the_visible_units_alone_set_the_base_of_a_boltzmann_machine():
+    model, data = models.BoltzmannMachine(6, 2), (torch.rand(50, 6) < 0.3).double()
+    found, machine = AIS(200, 100).log_partition(model, data), model.distribution()
+    truth = float(machine.log_partition().detach())
+    assert float(found.lower) - 1e-9 <= truth <= float(found.upper) + 1e-9
+    logits = torch.cat((torch.logit((data.sum(0) + 5) / 60), model.distribution().parameters[-1].detach()[6:]))
+    assert torch.allclose(found.log_z_base, torch.nn.functional.softplus(logits).sum(), rtol=0, atol=1e-10)
+    for width in (9, 0):
+        with pytest.raises(ValueError, match=r"expected data \[N, <= 8\] within"):
+            AIS(10, 10).log_partition(model, torch.ones(5, width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_interval_is_never_narrower_than_rounding(dtype):
+    tensors = [torch.full(shape, 0.3, dtype=dtype) for shape in ((6, 4), (6,), (4,))]
+    tensors[0].zero_()  # the base is the model: all weights agree
+    found = AIS(50, 20).log_partition(RBM(*tensors))
+    width, ulp = float(found.upper - found.lower), torch.finfo(dtype).eps * float(found.log_z)
+    assert 2 * ulp < width < 100 * ulp
+    truth = 10 * math.log1p(math.exp(float(tensors[1][0])))
+    assert float(found.lower) < truth < float(found.upper)
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chains_are_of_the_type_and_device_of_the_latents(device):
+    def model(x=None, *, batch_size=1):
+        like = torch.zeros(batch_size if x is None else len(x), dtype=torch.float32, device=device)
+        with pyro.plate("data", len(like), device=device):
+            z = pyro.sample("z", dist.Normal(like, 1.0))
+            return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.zeros(3, device=device, dtype=torch.float32)
+    path = make_path(AIS(4, 3), model, (x,), {})
+    path.prepare((0.0, 0.5, 1.0), 4)
+    assert {(step.dtype, step.device.type) for _, step in path._steps} == {(torch.float32, device)}
+    posterior = AIS(20, 10).infer(model, x)
+    assert posterior.log_evidence.device.type == device
+
+
 def test_bad_settings():
     for settings, message in (
         ({"num_chains": 1}, "num_chains >= 2"),

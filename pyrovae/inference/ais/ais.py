@@ -98,7 +98,8 @@ class AIS:
 
         Args:
             target: an `RBM` or `BoltzmannMachine`; a model with a method `distribution()`; or a program that draws from one.
-            data: binary data `[N, D]` whose base rates are where the path starts.
+            data: binary data `[N, D]` whose base rates are where the path starts; of a Boltzmann machine, D may be less than
+                its units: the first ones, the others start from their biases.
 
         Returns:
             The estimate with its interval; a lower bound in expectation. Warns where the effective sample size is below 5%

@@ -19,6 +19,7 @@ from pyrovae.ops.annealing import BoltzmannPath, RbmPath
 from pyrovae.ops.mean_bound import log_mean_lower_bound
 
 _TRUSTED = 0.05  # of the chains, that the effective sample size must reach
+_ROUNDING = 4  # half the least width of an interval, in ulps of log Z in the dtype of the parameters
 _PSEUDO_COUNT = 5.0  # of ones and of zeros, for each unit of the base
 
 
@@ -32,7 +33,7 @@ class LogPartition:
     Attributes:
         log_z: log Ẑ, the log of the mean weight plus `log_z_base`.
         lower: lower end of the interval at `confidence`: log(Ẑ − sigmas σ̂), by Student's t; where that is no number,
-            :meth:`lower_bound`.
+            :meth:`lower_bound`. Both ends are at least a few ulps of log Z, in the dtype of the parameters, from `log_z`.
         upper: upper end; see :func:`pyrovae.inference.ais.interval.normal_interval` for what it allows for. No upper end
             can be guaranteed from forward chains: a mode that all of them miss leaves no trace. :meth:`AIS.sandwich` can.
         ess: Kish's effective sample size of the chains' weights; below 5% of them, do not trust the rest.
@@ -111,15 +112,19 @@ def log_partition(
 ) -> LogPartition:
     """Forward chains; see :meth:`pyrovae.inference.AIS.log_partition`."""
     with torch.no_grad():
-        path = _path(energy_of(target), base, data)
+        distribution = energy_of(target)
+        path = _path(distribution, base, data)
         log_w = path.forward(betas, num_chains)
         _check_weights(log_w)
         ess = torch.where(log_w.amax(0).isneginf(), 0.0, effective_sample_size(log_w))
-        lower, upper = normal_interval(log_w, sigmas)
+        lower, upper = (path.log_z_base + end for end in normal_interval(log_w, sigmas))
+        log_z = path.log_z_base + log_mean_exp(log_w)
+        eps = torch.finfo(distribution.parameters[0].dtype).eps
+        rounding = _ROUNDING * eps * torch.maximum(log_z.abs(), path.log_z_base.abs()).nan_to_num(posinf=0.0)
         found = LogPartition(
-            log_z=path.log_z_base + log_mean_exp(log_w),
-            lower=path.log_z_base + lower,
-            upper=path.log_z_base + upper,
+            log_z=log_z,
+            lower=torch.minimum(lower, log_z - rounding),
+            upper=torch.maximum(upper, log_z + rounding),
             ess=ess,
             log_weights=log_w,
             log_z_base=path.log_z_base,
@@ -203,11 +208,14 @@ def _base(distribution: Any, base: Any, data: Tensor | None) -> Tensor:
     if data is None:
         return biases
     rows = data.flatten(0, -2) if data.dim() > 1 else data[None]
-    if rows.shape[-1] != visible or not bool(((rows >= 0) & (rows <= 1)).all()):
-        raise ValueError(f"expected data [N, {visible}] within [0, 1], got {list(data.shape)}; scale or binarize them")
+    units = rows.shape[-1]
+    hidden = isinstance(distribution, BoltzmannMachine)  # some of its units may be
+    if not (units == visible or (hidden and 0 < units < visible)) or not bool(((rows >= 0) & (rows <= 1)).all()):
+        width = f"<= {visible}" if hidden else str(visible)
+        raise ValueError(f"expected data [N, {width}] within [0, 1], got {list(data.shape)}; scale or binarize them")
     rate = (rows.to(biases).sum(0) + _PSEUDO_COUNT) / (len(rows) + 2 * _PSEUDO_COUNT)
     logits = biases.clone()
-    logits[..., :visible] = torch.logit(rate)  # hidden units of a Boltzmann machine keep their biases
+    logits[..., :units] = torch.logit(rate)  # hidden units of a Boltzmann machine keep their biases
     return logits
 
 

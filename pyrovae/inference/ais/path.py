@@ -81,18 +81,20 @@ class ProgramPath:
         self.observed = {site.name for site in self.structure.observed}
         self.rows = max(1, self.structure.batch_shape.numel())
         self.num_leapfrog = num_leapfrog
-        start = 0.5 if step_size is None else step_size
         self._fixed = step_size is not None
-        self._steps: list[tuple[float, Tensor]] = [(0.0, torch.full(self.structure.batch_shape, math.log(start)))]
         self.evaluations, self._moves = 0, 0
         self._accepted: Tensor | None = None
         self._sweep: ProgramSweep | LayerSweep | None = None
         self._free: States = {}  # continuous latents in unconstrained space, [K, *batch_shape, *event]
-        self._prior = self._likelihood = torch.zeros(())
+        self._prior: Tensor  # [K, batch], as the likelihood; set by `start`
+        self._likelihood: Tensor
         self._transforms = {}
+        self._steps: list[tuple[float, Tensor]] = []  # β and log step sizes [batch]
         if self.smooth:
             sites = draw_sites(log_joint.program, log_joint.args, log_joint.kwargs, self.structure.subsample)
             self._transforms = {latent.name: biject_to(sites[latent.name].fn.support) for latent in self.smooth}
+            like, start = sites[self.smooth[0].name].value, 0.5 if step_size is None else step_size
+            self._steps = [(0.0, like.new_full(self.structure.batch_shape, math.log(start)))]
 
     @property
     def by_layers(self) -> bool:
