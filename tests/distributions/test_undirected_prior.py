@@ -193,7 +193,13 @@ def test_unknown_log_partition_is_told():
         with pytest.raises(ValueError, match=r"expected sites with a known log Z for .*'z'.*AIS"):
             call(x)
     with pytest.warns(UserWarning, match="'z' is drawn from an undirected distribution whose log Z is unknown"):
-        Variational(guide, num_steps=2).fit(model, x)
+        fit = Variational(guide, num_steps=2, log_every=1, progress=True).fit(model, x, validation=x[:3])
+    assert [r["bound"] for r in fit.history] == [r["validation"] for r in fit.history] == [r["stderr"] for r in fit.history]
+    assert fit.history[0]["bound"] is None  # free energies without log Z bound nothing
+    assert fit.best_step is None
+    assert fit.history[-1]["loss"] is not None
+    with pytest.raises(ValueError, match="expected no patience where log Z is unknown, as at 'z', got 2"):
+        Variational(guide, num_steps=2, patience=2).fit(model, x, validation=x)
     before = model.chains.states.clone()
     evaluation = evaluate(model, guide, x, num_particles=20)
     assert not evaluation.normalized

@@ -75,6 +75,12 @@ class Training:
         self.every = method.log_every or max(1, self.num_steps // 20)
         self.training = self._bound(args, kwargs, max_rows=method.log_rows, indexed=self._indexed(kwargs))
         self.validation = None if held_out is None else self._held_out(held_out, kwargs)
+        self.bounded = not self.training.unnormalized
+        if method.patience is not None and not self.bounded:
+            raise ValueError(
+                f"expected no patience where log Z is unknown, as at {self.training.unnormalized[0]!r}, got {method.patience}: "
+                "no bound tells when to stop; leave it out"
+            )
         if method.patience is not None and self.validation is None:
             raise ValueError(
                 "expected validation data that the guide can take with patience, got none; pass validation=... to fit, with a "
@@ -152,8 +158,8 @@ class Training:
     def _record(self, losses: list[float]) -> None:
         run = self.run
         with run.averaged():
-            bound, stderr = self.training()
-            validation = None if self.validation is None else self.validation()[0]
+            bound, stderr = self.training() if self.bounded else (None, None)
+            validation = self.validation()[0] if self.bounded and self.validation is not None else None
             groups = getattr(run.optimizer, "param_groups", None)
             self.history.append(
                 {
@@ -299,7 +305,7 @@ class Training:
         last = self.history[-1]
         shown = {"epoch": f"{self.step / self.run.batches.per_epoch:.1f}", "loss": f"{loss:.4g}"}
         name = "bound" if self.validation is None else "validation"
-        return shown | {name: f"{last[name]:.4f}"}
+        return shown | ({name: f"{last[name]:.4f}"} if self.bounded else {})
 
     def _write_log(self, record: Mapping[str, Any] | None = None) -> None:
         """Append a record to the JSON-lines file; without one, start the file with the history so far."""

@@ -42,6 +42,9 @@ class TrueBound:
         max_rows: look at this many fixed, random rows where there are more and they are independent.
         indexed: whether the programs get `index` and `num_data` with a part of the rows.
         exact_bytes: memory for the exact log p(x).
+
+    Attributes:
+        unnormalized: sites of the model whose log Z is unknown: where there are some, there is no bound.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class TrueBound:
             if self._parted(split.numel):
                 order = torch.randperm(total, generator=torch.Generator().manual_seed(_SEED))
                 self.index = order[: self.rows].sort().values.to(args[0].device)
-        self._all_seen = not structures[0].latents
+        self._all_seen, self.unnormalized = not structures[0].latents, structures[0].unnormalized
         hard = [_hard(program, structure) for program, structure in zip(programs, structures, strict=True)]
         if len(hard) == 2:
             check_measures(*(self._structure(program, 2 if self.index is not None else None) for program in hard))
