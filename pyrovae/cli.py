@@ -66,11 +66,11 @@ def compare_command(
         str | None,
         typer.Option(
             help="Hidden units, one number a layer from the data upwards, as in 8,4; components; or states.  "
-            "[default: sbn 8, dbn 8,16, rbm 12, bm 4, mixture 10, hmm 6]",
+            "[default: sbn 8, dbn 8,16, rbm 12, bm 2, mixture 10, hmm 6]",
             show_default=False,
         ),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Methods, with commas between; the list stands below.")] = "all",
+    methods: Annotated[str, typer.Option(help="Methods, with commas between; the list stands above.")] = "all",
     budget: Annotated[
         str, typer.Option(help="small, default, large, or a factor for every number of steps and draws, as in 0.5.")
     ] = "default",
@@ -90,7 +90,7 @@ def compare_command(
     output: Annotated[Path, typer.Option(help="Folder for the report; made or updated.")] = Path("pyrovae-report"),
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only where the report lies.")] = False,  # noqa: FBT002
 ) -> None:
-    """Learn one model by every method, then put every inference method to one learned net.
+    """Learn one model by every method, then put every inference method to one learned model.
 
     Each number is marked: = exact, ≥ lower bound, ≤ upper bound, ≈ estimate. What was learned is judged by exact
     enumeration where it fits, not by what a method says of itself. Tables are printed; the folder gets report.html, CSV,

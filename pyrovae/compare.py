@@ -101,6 +101,7 @@ def compare(
     reference: Posterior | None = None
     starts: list[Mapping[str, Tensor]] = []
     has_reset, done = False, 0
+    _warm_up()
     with isolated_rng():
         with _same_store():
             readable = _readable(model, methods.values(), train)
@@ -346,7 +347,11 @@ def _reliability(posterior: Posterior) -> tuple[float | None, float | None, floa
         return _extreme(ess.values(), min), _extreme(rhat.values(), max), None
     if "ess" in posterior.diagnostics:
         k = posterior.diagnostics["pareto_k"]
-        return float(posterior.diagnostics["ess"].min()), None, float((k > 0.7).double().mean())
+        return (
+            float(posterior.diagnostics["ess"].min()),
+            None,
+            None if bool(k.isnan().all()) else float((k > 0.7).double().mean()),
+        )
     return None, None, None
 
 
@@ -359,15 +364,18 @@ def _inference_note(posterior: Posterior, row: Mapping[str, Any], rows_in_unit: 
     if posterior.bound == "exact":
         return "the reference"
     notes = []
-    if row["rhat"] is not None and row["rhat"] > 1.01:
+    independent = posterior.diagnostics.get("route") == "independent"
+    if independent:
+        notes.append("its draws are independent: hidden units are, given the data")
+    elif row["rhat"] is not None and row["rhat"] > 1.01:
         notes.append(f"R-hat up to {row['rhat']:.3f}: chains disagree, do not trust; run longer")
     if isinstance(posterior, DrawsPosterior) and posterior.shape is not None:
         if posterior.shape[0] == 1:
             notes.append("one chain: no R-hat")
         stuck, total = _constant(posterior)
-        if stuck:
+        if stuck and not independent:
             notes.append(f"{stuck} of {total} {'quantity' if total == 1 else 'quantities'} constant in every chain")
-        if row["ess"] is not None and row["ess"] < 100 * posterior.shape[0]:
+        if row["ess"] is not None and row["ess"] < 100 * posterior.shape[0] and not independent:
             notes.append(f"ESS down to {row['ess']:.0f}")
     if row["pareto_k"]:
         notes.append(f"Pareto k > 0.7 on {100 * row['pareto_k']:.0f}% of rows: their numbers cannot be trusted")
@@ -534,6 +542,13 @@ def _readable(model: Program, methods: Iterable[Method], args: tuple[Any, ...]) 
                     return prepared
         raise
     return args
+
+
+def _warm_up() -> None:
+    """Let torch and ArviZ import what they import at first use, so that no method's seconds hold it."""
+    import arviz  # noqa: F401
+
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1).step()
 
 
 def _unit(model: Program, args: tuple[Any, ...]) -> str:

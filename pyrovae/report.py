@@ -472,7 +472,7 @@ _CAPTIONS = {
     "errors": "How far each method is from the exact answer for one and the same net: its evidence and its marginals.",
     "marginals": "Every marginal P(h = 1 | x) of every row against its exact value; on the diagonal nothing is wrong.",
 }
-_HEADINGS = {"learning": "Learning", "inference": "Inference on one learned net"}
+_HEADINGS = {"learning": "Learning", "inference": "Inference on one learned model"}
 
 
 def _page(comparisons: Mapping[str, Comparison], title: str, grids: Mapping[str, Figure], notes: Sequence[str]) -> str:
@@ -484,7 +484,7 @@ def _page(comparisons: Mapping[str, Comparison], title: str, grids: Mapping[str,
         parts += [html_picture({"light": light[key], "dark": dark[key]}, _CAPTIONS[key]) for key in light]
         sections.append(f"<section>{''.join(parts)}</section>")
     if grids:
-        caption = "Data, and draws from each learned net: what it believes the data look like."
+        caption = "Data, and draws from each learned model: what it believes the data look like."
         sections.append(f"<section><h2>Samples</h2>{html_picture(grids, caption)}</section>")
     ends = []
     for name, comparison in comparisons.items():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyrovae import plots
-from pyrovae.diagnostics.evaluate import LEAST_FOR_PARETO_K
+from pyrovae.inference.weighing import LEAST_FOR_PARETO_K
 from pyrovae.plots import RELAXED, SILENT
 from pyrovae.plots.trained import Curve
 from pyrovae.report import DPI, Cell, Mark, Table, html_facts, html_picture, html_table, number, page, plain, staged

@@ -21,9 +21,7 @@ from pyrovae.inference.exact.elimination import Term
 from pyrovae.inference.fit import versions
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Program
-from pyrovae.inference.weighing import Rows, Weighed, evidence, log_joints, split_rows, weighed
-
-LEAST_FOR_PARETO_K = 25  # draws, of which ArviZ fits the tail of a fifth
+from pyrovae.inference.weighing import LEAST_FOR_PARETO_K, Rows, Weighed, evidence, log_joints, split_rows, weighed
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -270,7 +268,7 @@ def _evaluate(
         relaxed_elbo=relaxed_elbo,
         relaxed_stderr=relaxed_stderr,
         ess=weights.ess,
-        pareto_k=weights.pareto_k if num_particles >= LEAST_FOR_PARETO_K else torch.full_like(weights.pareto_k, torch.nan),
+        pareto_k=weights.pareto_k,
         kl=kl,
         active_units={s.name: int(active_units(s, flat[s.name]).sum()) for s in structure.latents if len(flat[s.name]) > 1},
         code_usage={s.name: code_usage(flat[s.name]) for s in structure.latents if s.finite},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,11 +111,15 @@ def draw(guide: Program, log_joint: LogJoint, num_particles: int) -> Drawn:
     return Drawn(states, terms, parts[0].seen, parts[-1].sites)
 
 
+LEAST_FOR_PARETO_K = 25  # draws, of which ArviZ fits the tail of a fifth
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What weights say of log p(x): log (1/K) Σ_k w_k, its standard error by the delta method, and how far to trust both.
 
-    All `[batch]`. Where every weight is 0: −inf, stderr inf, ess 0, pareto_k inf.
+    All `[batch]`. Where every weight is 0: −inf, stderr inf, ess 0, pareto_k inf. With fewer than 25 draws pareto_k is NaN: not
+    defined.
     """
 
     log_evidence: Tensor
@@ -129,7 +134,8 @@ def evidence(log_w: Tensor) -> Evidence:
 
     ess = torch.where(torch.isneginf(log_w).all(0), 0.0, effective_sample_size(log_w))
     stderr = (1 / ess - 1 / log_w.shape[0]).clamp_min(0).sqrt()  # 1 / 0 is inf
-    return Evidence(log_mean_exp(log_w), stderr, ess, pareto_k(log_w))
+    k = pareto_k(log_w) if len(log_w) >= LEAST_FOR_PARETO_K else torch.full_like(ess, math.nan)
+    return Evidence(log_mean_exp(log_w), stderr, ess, k)
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,9 @@ class _InTurn:
 
 
 def _greedy(task: Task, guide: Any = None) -> GreedyPretraining:
-    return GreedyPretraining(guide, num_iterations=task.times(300))
+    sizes = task.model.sizes
+    enumerable = all(units <= 16 for units in sizes[1:-1]) and min(sizes[:2]) <= 16
+    return GreedyPretraining(guide, None if enumerable else _contrastive(task, 1), num_iterations=task.times(300))
 
 
 def _up_down(task: Task) -> _InTurn:
@@ -234,12 +236,12 @@ def _partition_ais(task: Task) -> AIS:
 
 
 def _contrastive(task: Task, k: int, **options: Any) -> ContrastiveDivergence:
-    batch_size, steps = min(32, task.rows), task.times(3000, 20)
+    batch_size, steps = min(32, task.rows), task.times(3000, 20)  # one schedule, so that the phases alone differ
     return ContrastiveDivergence(
         k,
         num_steps=steps,
         batch_size=batch_size,
-        optim=partial(torch.optim.SGD, lr=0.1),
+        optim=partial(torch.optim.SGD, lr=0.5),
         scheduler=partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.02, total_iters=steps),
         penalty=task.penalty,
         log_rows=task.rows,
@@ -254,6 +256,7 @@ def _tempered(task: Task) -> ContrastiveDivergence:
 
 GUIDED: Mapping[str, MakeGuided] = {"amortised VI": _amortised_vi, "importance": _importance}
 CONTRASTIVE: Mapping[str, Make] = {
+    "exact gradient": partial(_contrastive, k=1, negative="exact"),
     "CD-1": partial(_contrastive, k=1, persistent=False),
     "PCD-1": partial(_contrastive, k=1),
     "PCD-10": partial(_contrastive, k=10),
@@ -316,7 +319,7 @@ FAMILIES: Mapping[str, Family] = {
         data="digits",
         build=lambda hidden, x: _with_bias(DeepBeliefNet(x.shape[1], list(hidden)), x),
         learners={
-            "exact gradient": partial(_exact_gradient, rate=0.03),
+            "exact gradient": partial(_exact_gradient, rate=0.3),
             "Monte-Carlo EM": _monte_carlo_em,
             "greedy": _greedy,
             "up-down": _up_down,
@@ -334,7 +337,9 @@ FAMILIES: Mapping[str, Family] = {
         guide=AmortizedStructured,
         reference="exact gradient",
         approximate="greedy",
-        enumerating=frozenset({"exact gradient", "exact", "mean field"}),
+        enumerating=frozenset(
+            {"exact gradient", "Monte-Carlo EM", "exact", "Gibbs", "mean field", "Saul-Jaakkola-Jordan", "AIS", *GUIDED}
+        ),
     ),
     "rbm": Family(
         title="Restricted Boltzmann machine",
@@ -343,7 +348,7 @@ FAMILIES: Mapping[str, Family] = {
         hidden=(12,),
         data="digits",
         build=lambda hidden, x: _with_bias(RestrictedBoltzmannMachine(x.shape[1], hidden[0], max_bits=20), x),
-        learners={"exact gradient": partial(_exact_gradient, rate=0.03), **CONTRASTIVE},
+        learners=CONTRASTIVE,
         inferers={"exact": lambda task: Exact(), "Gibbs": _gibbs, "AIS": _partition_ais},
         guided={},
         guide=None,
@@ -355,13 +360,10 @@ FAMILIES: Mapping[str, Family] = {
         title="Boltzmann machine",
         sizes="hidden units",
         layers=(1, 1),
-        hidden=(4,),
+        hidden=(2,),
         data="bars_and_stripes",
         build=lambda hidden, x: _with_bias(BoltzmannMachine(x.shape[1], hidden[0], max_bits=20), x),
-        learners={
-            "exact gradient": partial(_exact_gradient, rate=0.03),
-            **{name: CONTRASTIVE[name] for name in ("CD-1", "PCD-1", "PCD-10")},
-        },
+        learners={name: make for name, make in CONTRASTIVE.items() if name != "tempering"},
         inferers={
             "exact": lambda task: Exact(),
             "Gibbs": _gibbs,
@@ -383,7 +385,7 @@ FAMILIES: Mapping[str, Family] = {
         build=lambda hidden, x: _started(BernoulliMixture(x.shape[1], hidden[0]), x),
         learners={
             "exact EM": _exact_em,
-            "exact gradient": partial(_exact_gradient, rate=0.03),
+            "exact gradient": partial(_exact_gradient, rate=0.1),
             "Monte-Carlo EM": _monte_carlo_em,
             "score function": _score_function,
         },
@@ -405,7 +407,7 @@ FAMILIES: Mapping[str, Family] = {
         build=lambda hidden, x: _started(HiddenMarkovModel(hidden[0], x.shape[2], emission="bernoulli", length=x.shape[1]), x),
         learners={
             "exact EM": _exact_em,
-            "exact gradient": partial(_exact_gradient, rate=0.03),
+            "exact gradient": partial(_exact_gradient, rate=0.1),
             "Monte-Carlo EM": _monte_carlo_em,
         },
         inferers={"exact": lambda task: Exact(), "Gibbs": _gibbs, "local VI": _local_vi, "AIS": _posterior_ais},

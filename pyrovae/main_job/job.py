@@ -82,14 +82,14 @@ def run(settings: Settings, progress: Progress | None = None) -> MainJob:
     learning = None
     if learners:
         learning = compare(model, train, learners, x_test=test, seeds=settings.seeds, progress=tell.within)
-        notes.append(_of_the_penalty(family, settings.penalty, learning))
+        notes.append(_of_the_penalty(family, settings.penalty, learning, train))
         source = learning
     else:
         tell("a model to infer on")
         name = family.reference if _fits(model, train) else family.approximate
         with isolated_rng(seed):
             source = compare(model, train, {name: family.learners[name](task)}, seeds=settings.seeds[:1])
-    best = family.reference if family.reference in source.models else _best(source)
+    best = family.reference if family.reference in source.models else _best(family, source)
     fitted: Any = source.models[best]
     inference = None
     if inferers:
@@ -113,10 +113,11 @@ def run(settings: Settings, progress: Progress | None = None) -> MainJob:
         )
         notes.append(f"Inference is on the model that {best} learned at seed {seed}, on the {len(test)} test rows.")
         if guide is not None:
+            each = [name for name in ("local VI", "mean field", "Saul-Jaakkola-Jordan") if name in inferers]
             notes.append(
                 "The guide of amortised VI and importance sampling was trained on the training rows, as amortised guides are "
                 "used, and meets the test rows for the first time; its training is counted in the seconds and evaluations of "
-                "both rows. Local VI and mean field fit each test row by itself."
+                f"both rows.{' Fitted to each test row by itself: ' + ', '.join(each) + '.' if each else ''}"
             )
     tell("")
     about = {
@@ -152,8 +153,12 @@ def choose(settings: Settings, model: Any, train: Tensor) -> tuple[tuple[str, ..
     """The methods to run, and a word on those that were left out."""
     family = family_of(settings.family)
     if settings.methods is not None:
-        if family.enumerating & set(settings.methods):
-            ExactLikelihood().model_evaluations(model, train)  # what cannot be enumerated is refused before work starts
+        asked = [name for name in settings.methods if name in family.enumerating]
+        if asked:  # what cannot be enumerated is refused before work starts
+            try:
+                ExactLikelihood().model_evaluations(model, train)
+            except ValueError as error:
+                raise ValueError(str(error).replace("ExactLikelihood", ", ".join(asked))) from error
         return settings.methods, []
     evaluations = _evaluations(model, train)
     if evaluations is not None and evaluations <= MAX_EVALUATIONS:
@@ -225,15 +230,15 @@ def _fits(model: Any, x: Tensor) -> bool:
     return evaluations is not None and evaluations <= MAX_EVALUATIONS
 
 
-def _best(learned: Comparison) -> str:
-    """The learner with the highest exact log p(x), or the first where that is unknown."""
+def _best(family: Family, learned: Comparison) -> str:
+    """The learner with the highest exact log p(x), or the family's approximate one where that is unknown."""
     table = learned.learning
     assert table is not None
     for column in ("log_p_test", "log_p_train"):
         scores = {name: score for name, score in zip(table["method"], table[column], strict=True) if score == score and score}
         if scores:
             return max(scores, key=lambda name: scores[name])
-    return str(table["method"][0])
+    return family.approximate if family.approximate in learned.models else str(table["method"][0])
 
 
 def _trained_guide(family: Family, model: Any, train: Tensor, settings: Settings) -> _TrainedGuide:
@@ -259,16 +264,15 @@ def _samples(test: Tensor, learned: Comparison, seed: int) -> dict[str, Tensor]:
     return {name: x.reshape(len(x), -1) for name, x in drawn.items()}
 
 
-def _of_the_penalty(family: Family, penalty: float, learning: Comparison) -> str:
+def _of_the_penalty(family: Family, penalty: float, learning: Comparison, train: Tensor) -> str:
     if not family.takes_penalty:
         return "Learners maximise the log likelihood plus the log density of the model's own priors on its parameters."
+    constant = bool((train.amax(0) == train.amin(0)).any())
     if penalty == 0:
-        return "No penalty: where a pixel is never on, the maximum likelihood is at infinity."
+        return "No penalty" + (": where a pixel never changes, the maximum likelihood is at infinity." if constant else ".")
     without = [name for name, fit in learning.fits.items() if fit.penalty != penalty]
     shared = (
         "Learners share one weak penalty" if not without else f"All learners but {', '.join(without)} share one weak penalty"
     )
-    return (
-        f"{shared}, a Gaussian prior of precision {penalty:g} on each parameter: pixels that are never on would otherwise "
-        "drive the maximum likelihood to infinity. Log p(x) and bounds are without it."
-    )
+    why = ": pixels that never change would otherwise drive the maximum likelihood to infinity" if constant else ""
+    return f"{shared}, a Gaussian prior of precision {penalty:g} on each parameter{why}. Log p(x) and bounds are without it."

@@ -178,7 +178,7 @@ def inference_errors(comparison: Comparison, *, dark: bool = False) -> Figure | 
     _name_rows(axes[0], [row["method"] for row in rows], colours)
     axes[1].set_yticks([])
     axes[0].set_ylim(-0.6, len(rows) - 0.35)
-    title_of(figure, look, "How wrong each inference method is", "one net, judged by exact enumeration; left is better")
+    title_of(figure, look, "How wrong each inference method is", "one model, judged by exact enumeration; left is better")
     return figure
 
 

@@ -44,7 +44,7 @@ def samples_grid(samples: Mapping[str, Tensor], *, dark: bool = False, columns: 
             spine.set_visible(False)
     for panel in axes[len(samples) :]:
         panel.set_visible(False)
-    title_of(figure, look, "Data, and what each learned net draws", "")
+    title_of(figure, look, "Data, and what each learned model draws", "")
     return figure
 
 

@@ -64,7 +64,13 @@ class FactorialRoute:
 
     def log_evidence(self, record: FactorialCode, task: Task) -> Tensor:
         """Log p(x) `[B]`, as the model declares it."""
-        evidence = record.log_evidence()
+        try:
+            evidence = record.log_evidence()
+        except ValueError as error:  # too many states, in the words of the distribution
+            words = str(error).split("; ")[0]
+            raise ValueError(
+                f"{words}; use AIS().infer(model, x) for log p(x) from above, ContrastiveDivergence to learn"
+            ) from error
         if not bool(torch.isfinite(evidence).all()):
             raise ValueError("expected finite parameters, got an evidence of NaN or infinity; start the model anew")
         return evidence
