@@ -90,7 +90,7 @@ class RestrictedBoltzmannMachine(Module):
 
     def distribution(self) -> RBM:
         """The visible marginal at the present parameters: `W`, `b` and `c` are the model's own."""
-        return RBM(self.weight, self.visible_bias, self.hidden_bias, chains=self.chains)
+        return RBM(self.weight, self.visible_bias, self.hidden_bias, chains=self.chains, max_bits=max(self.max_bits, _MAX_BITS))
 
     def forward(
         self,
@@ -124,7 +124,7 @@ class RestrictedBoltzmannMachine(Module):
         """p(h | x) and, when asked for, log p(x): exact up to 30 units of the smaller layer. None without data."""
         if x is None:
             return None
-        rbm = RBM(self.weight, self.visible_bias, self.hidden_bias)
+        rbm = RBM(self.weight, self.visible_bias, self.hidden_bias, max_bits=max(self.max_bits, _MAX_BITS))
         logits = self.hidden_bias + x.to(self.weight.dtype) @ self.weight
         return FactorialCode("h1", logits, lambda: rbm.log_prob(x), num_states=2 ** min(self.visible, self.hidden))
 
@@ -212,12 +212,18 @@ class BoltzmannMachine(Module):
         """Set the visible biases to the logits of the smoothed means (sum + 1) / (n + 2) of data `x [n, visible]` in {0, 1}."""
         _set_bias(self.biases[: self.visible], x)
 
+    def free_couplings(self) -> Tensor:
+        """The parameter whose entries are J_ij, i < j, row by row, each as it is: what a centred gradient asks for."""
+        return self.couplings
+
     def distribution(self) -> distributions.BoltzmannMachine:
         """The machine of all units at the present parameters, visible units first; J is laid out from `couplings`."""
         units = self.visible + self.hidden
         above, left = torch.triu_indices(units, units, 1, device=self.couplings.device)
         half = self.couplings.new_zeros(units, units).index_put((above, left), self.couplings)
-        return distributions.BoltzmannMachine(half + half.T, self.biases, chains=self.chains)
+        return distributions.BoltzmannMachine(
+            half + half.T, self.biases, chains=self.chains, max_bits=max(self.max_bits, _MAX_BITS)
+        )
 
     def forward(
         self,
@@ -281,3 +287,6 @@ def _rows(n: int) -> tuple[int]:
     if n < 1:
         raise ValueError(f"expected n >= 1 draws, got {n}")
     return (n,)
+
+
+_MAX_BITS = 30  # of the distribution, where asked for log Z, whatever a run of the program sums

@@ -123,7 +123,9 @@ class DeepBeliefNet(Module):
 
     def top(self) -> RBM:
         """The distribution of h_{L−1} at the present parameters: `W`, `b` and `c` are the net's own."""
-        return RBM(self.top_weight, self.top_bias, self.top_hidden_bias, chains=self.chains)
+        return RBM(
+            self.top_weight, self.top_bias, self.top_hidden_bias, chains=self.chains, max_bits=max(self.max_bits, _MAX_BITS)
+        )
 
     def forward(
         self,
@@ -176,3 +178,6 @@ class DeepBeliefNet(Module):
 
     def _layer(self, layer: int, above: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=self.biases[layer] + above @ self.weights[layer]).to_event(1)
+
+
+_MAX_BITS = 30  # of the top RBM's distribution, where asked for log Z, whatever a run of the program sums

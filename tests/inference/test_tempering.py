@@ -251,3 +251,38 @@ def test_bad_draws_are_refused():
     biases = BoltzmannMachine(torch.zeros(3, 3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="expected one machine"):
         ParallelTempering(3, 2).sample(biases, 5)
+
+
+@pytest.mark.parametrize("betas", [[1.0, float("nan")], [1.0, float("nan"), 0.0], [float("nan"), 0.0]])
+def test_ladders_with_nan_are_refused(betas):
+    with pytest.raises(ValueError, match="expected betas that decrease"):
+        ParallelTempering(num_chains=2, betas=betas)
+
+
+def test_bad_base_biases_are_refused():
+    for wrong in (torch.tensor([0.0, float("nan"), 0.0]), torch.tensor([float("inf")] * 3), torch.zeros(1, 3), 0.5):
+        with pytest.raises(ValueError, match="expected a finite base_bias"):
+            ParallelTempering(2, 2, base_bias=wrong)
+    p = RBM(torch.zeros(3, 2), torch.zeros(3), torch.zeros(2))
+    for size in (1, 2, 4):
+        with pytest.raises(ValueError, match=rf"expected base_bias \[3\], got \[{size}\]"):
+            ParallelTempering(2, 2, base_bias=torch.zeros(size)).sample(p, 1)
+
+
+def test_learning_warms_up_and_adapts_the_ladder():
+    from pyrovae.inference import ContrastiveDivergence
+    from pyrovae.inference.undirected import contrastive
+
+    x = (torch.rand(50, 8) < 0.5).double()
+    p = RBM((3 * torch.randn(8, 6)).requires_grad_(), torch.randn(8).requires_grad_(), torch.randn(6).requires_grad_())
+    for adapt in (False, True):
+        tempering = ParallelTempering(4, 20, warmup=7, adapt=adapt)
+        method = ContrastiveDivergence(num_steps=40, batch_size=None, negative=tempering)
+        run = contrastive._Run(method, p, x, None)
+        rounds, ladder = [], run.negative.ladder
+        inner = ladder.round
+        ladder.round = lambda *args, inner=inner, rounds=rounds: (rounds.append(1), inner(*args))
+        run()
+        assert len(rounds) == 7 + 40
+        assert torch.equal(ladder.betas, tempering.betas) != adapt
+        assert bool((ladder.betas.diff() < 0).all())

@@ -8,6 +8,7 @@ from pyro.nn import PyroModule
 
 from pyrovae.distributions import RBM, BoltzmannMachine
 from pyrovae.handlers import own_params
+from pyrovae.inference import ContrastiveDivergence
 from pyrovae.inference.undirected.energy import energy_of
 from pyrovae.models import BoltzmannMachine as BoltzmannModel
 from pyrovae.models import RestrictedBoltzmannMachine, toy
@@ -72,3 +73,26 @@ def test_what_has_no_energy_is_refused():
 
     with pytest.raises(TypeError, match="got Normal"):
         energy_of(Wrong())
+
+
+def test_a_prior_is_not_what_the_data_are_drawn_from():
+    """A latent machine of the data's width is not learned on the data."""
+    p = RBM(*(torch.randn(shape).requires_grad_() for shape in ((4, 3), (4,), (3,))))
+
+    def latent(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", p)
+            pyro.sample("x", dist.Bernoulli(logits=z @ torch.ones(4, 4)).to_event(1), obs=x)
+
+    def observed(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", p, obs=x)
+
+    x = (torch.rand(20, 4) < 0.5).double()
+    method = ContrastiveDivergence(num_steps=2, batch_size=None, num_chains=5)
+    before = p.W.detach().clone()
+    with pytest.raises(ValueError, match=r"got the latent 'z', a prior; learn .* Variational"):
+        method.fit(latent, x)
+    assert torch.equal(p.W, before)
+    method.fit(observed, x)
+    assert not torch.equal(p.W, before)

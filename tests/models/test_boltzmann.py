@@ -251,3 +251,13 @@ def test_bad_arguments():
         model.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="expected finite W for RBM, got 1 infinite or NaN of 15"):
         Exact().infer(model, torch.eye(5))
+
+
+def test_what_a_run_sums_its_distribution_sums():
+    """A machine that says it is normalized has a distribution that does not refuse."""
+    for model in (RestrictedBoltzmannMachine(35, 35, max_bits=40), BoltzmannMachine(30, 5, max_bits=40)):
+        assert model.normalized
+        assert (model.distribution().partition_is, model.distribution().max_bits) == ("exact", 40)
+    for model in (RestrictedBoltzmannMachine(8, 8, max_bits=4), BoltzmannMachine(4, 4, max_bits=4)):
+        assert not model.normalized
+        assert bool(torch.isfinite(model.distribution().log_partition()))

@@ -18,10 +18,11 @@ from pyrovae.distributions.rbm import RBM
 from pyrovae.distributions.undirected import Undirected
 from pyrovae.inference.arviz import split_rhat
 from pyrovae.inference.fit import Fit, check_penalty, state_of, versions
-from pyrovae.inference.undirected.energy import energy_of
+from pyrovae.inference.undirected.energy import data_energy
+from pyrovae.inference.undirected.free import all_free
 from pyrovae.inference.undirected.likelihood_gradient import BoltzmannGradient, RBMGradient
 from pyrovae.inference.undirected.negative_phase import NegativePhase, Persistent, Restarted, Tempered
-from pyrovae.inference.undirected.tempering import Ladder, ParallelTempering
+from pyrovae.inference.undirected.tempering import Ladder, ParallelTempering, moves_of
 from pyrovae.inference.variational.batches import Batches
 from pyrovae.inference.variational.schedules import check_steps
 from pyrovae.ops import check_enumerable, isolated_rng
@@ -41,8 +42,11 @@ class ContrastiveDivergence:
     - `negative=ParallelTempering(…)`: persistent, with exchanges between temperatures; for models with several modes.
     - `negative="exact"`: by enumeration; no bias, and nothing sampled but minibatches.
 
-    `centered` subtracts the means of data and hidden units in the gradient of the couplings: the same maximum, reached with far
-    less interference of biases and weights.
+    `centered` subtracts the means of data and hidden units in the gradient of the couplings: the same maximum, with or without
+    a penalty, reached with far less interference of biases and weights. That needs couplings and biases that are all learned,
+    each by itself, as those of :class:`pyrovae.models.RestrictedBoltzmannMachine` and `BoltzmannMachine` are, or as leaves of
+    the distribution. Where some are frozen, masked, tied or computed from others, and where the optimizer has a
+    `weight_decay`, the fixed point would be another: the gradient is then the plain one, and records say `centered` False.
 
     Cost of a step for an RBM: three products of a matrix `[rows, D]` with W for the gradient, two for each sweep. Gradients are
     written out by hand; minibatches, chains and buffers stay allocated.
@@ -55,7 +59,7 @@ class ContrastiveDivergence:
     Args:
         k: sweeps of the chains a step; with `ParallelTempering`, its rounds.
         persistent: whether chains go on from step to step, or restart at the minibatch.
-        centered: use the centred gradient.
+        centered: use the centred gradient, where it has the same fixed point, see above.
         num_chains: persistent chains (those of `negative` count instead, if given). They start at rows of the data.
         batch_size: rows of a minibatch; None takes all.
         num_epochs: passes over the data, each of ⌊N/B⌋ steps; default 10.
@@ -155,7 +159,7 @@ class ContrastiveDivergence:
 
         Returns:
             The account; `bound` is "exact" where records are, else "estimate" and None in the history. Records also have
-            `epoch`, `rows`, `reconstruction`, `learning_rate`; the last has `rhat`, or `swap_rate` (the lowest) and
+            `epoch`, `rows`, `reconstruction`, `learning_rate`, `centered`; the last has `rhat`, or `swap_rate` (the lowest) and
             `round_trips`.
 
         Raises:
@@ -172,7 +176,7 @@ class _Run:
     def __init__(self, method: ContrastiveDivergence, model: Any, x: Tensor, validation: Tensor | None) -> None:
         self.begin, self.seed = time.perf_counter(), torch.initial_seed()
         self.method, self.model = method, model
-        distribution = energy_of(model, x)
+        distribution = data_energy(model, x)
         like = distribution.parameters[0]
         self.x = _check_rows(x, distribution).to(like)
         self.held_out = None if validation is None else _check_rows(validation, distribution, x.shape[1]).to(like)
@@ -198,10 +202,12 @@ class _Run:
             check_enumerable(bits, 1, like.dtype, "negative=ParallelTempering(...)")
         self.gradient: RBMGradient | BoltzmannGradient
         mean = self.x.mean(0)
+        self.free = all_free(model, distribution, self.leaves.values())
+        options = {"centered": method.centered and self.free, "decay": method.penalty / len(x) if self.free else 0.0}
         if isinstance(distribution, RBM):
-            self.gradient = RBMGradient(mean, centered=method.centered)
+            self.gradient = RBMGradient(mean, **options)
         else:
-            self.gradient = BoltzmannGradient(mean, len(x), centered=method.centered, k=method.k)
+            self.gradient = BoltzmannGradient(mean, len(x), k=method.k, **options)
         self.negative = self._negative_phase(distribution, first)
         self.history: list[dict[str, Any]] = []
         self.evaluations = 0
@@ -210,12 +216,19 @@ class _Run:
         """Train."""
         method = self.method
         optimizer = method.optim(list(self.leaves.values()))
+        if any(group.get("weight_decay") for group in optimizer.param_groups):
+            self.gradient.centered = False
         scheduler = None if method.scheduler is None else method.scheduler(optimizer)
         before = {name: leaf.grad for name, leaf in self.leaves.items()}
         for leaf in self.leaves.values():
             leaf.grad = None
         try:
+            self._warm_up()
+            moves = moves_of(self.num_steps) if self._adaptive() else set()
             for step in trange(self.num_steps, desc="ContrastiveDivergence", disable=not method.progress):
+                if step in moves and isinstance(self.negative, Tempered):
+                    self.negative.ladder.equalise()
+                    self.negative.ladder.forget()
                 if step % self.every == 0:
                     self._record(step, optimizer)
                 self._step()
@@ -245,7 +258,7 @@ class _Run:
         distribution = self.fixed
         if distribution is None:
             with torch.enable_grad():
-                distribution = energy_of(self.model, x)
+                distribution = data_energy(self.model, x)
         gradients = self.gradient(distribution, x, self.negative, batch.kwargs.get("index"))
         if self.fixed is None:
             for leaf in self.leaves.values():
@@ -256,7 +269,7 @@ class _Run:
             for tensor, gradient in zip(self.tensors, gradients, strict=True):
                 if tensor.requires_grad:
                     tensor.grad = gradient
-        if self.method.penalty:
+        if self.method.penalty and not self.free:
             for leaf in self.leaves.values():
                 if leaf.grad is not None:
                     leaf.grad.add_(leaf.detach(), alpha=self.method.penalty / len(self.x))
@@ -276,6 +289,17 @@ class _Run:
             return Persistent(distribution, visible, method.k)
         return Tempered(Ladder(tempering, distribution, visible), method.k)
 
+    def _adaptive(self) -> bool:
+        return isinstance(self.method.negative, ParallelTempering) and self.method.negative.adapt
+
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        """The rounds that a tempered phase wants before the first step."""
+        if isinstance(self.negative, Tempered) and isinstance(self.method.negative, ParallelTempering):
+            distribution = self.fixed or data_energy(self.model, self._prepared(self.seen))
+            self.negative.ladder.run(distribution, self.method.negative.warmup)
+            self.negative.ladder.forget()
+
     @torch.no_grad()
     def _record(self, step: int, optimizer: torch.optim.Optimizer, *, last: bool = False) -> None:
         """Look at the model without changing the training."""
@@ -286,7 +310,7 @@ class _Run:
                 )
         with isolated_rng(0):
             seen = self._prepared(self.seen)
-            distribution = self.fixed or energy_of(self.model, seen)
+            distribution = self.fixed or data_energy(self.model, seen)
             record: dict[str, Any] = {
                 "step": step,
                 "epoch": step / self.batches.per_epoch,
@@ -310,6 +334,7 @@ class _Run:
                 means = torch.addmm(distribution.b, hidden, distribution.W.t()).sigmoid_()
                 record["reconstruction"] = float((means - few).square().mean())
             record["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+            record["centered"] = self.gradient.centered
             if last:
                 record |= self._mixing(distribution)
         self.history.append(record | {"seconds": time.perf_counter() - self.begin})

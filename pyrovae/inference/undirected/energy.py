@@ -37,8 +37,29 @@ def energy_of(target: Any, *args: Any, **kwargs: Any) -> Undirected:
         >>> energy_of(rbm) is rbm, energy_of(lambda: pyro.sample("z", rbm)) is rbm
         (True, True)
     """
+    return _found(target, args, kwargs)[0]
+
+
+def data_energy(target: Any, x: Any) -> Undirected:
+    """The distribution that a target says its data `x` are drawn from: as :func:`energy_of`, and observed by a program.
+
+    Raises:
+        TypeError: as `energy_of`.
+        ValueError: as `energy_of`, and for a program in which the machine is a latent, the prior of something else.
+    """
+    distribution, latent = _found(target, (x,), {})
+    if latent is not None:
+        raise ValueError(
+            f"expected a program whose data are drawn from the {type(distribution).__name__}, got the latent {latent!r}, a prior; "
+            "learn such a program by Variational, WakeSleep or UpDown"
+        )
+    return distribution
+
+
+def _found(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Undirected, str | None]:
+    """The distribution, and the name of its site where a program does not observe it."""
     if isinstance(target, Undirected):
-        return target
+        return target, None
     program = target
     while isinstance(program, OwnedProgram):
         program = program.program
@@ -50,7 +71,7 @@ def energy_of(target: Any, *args: Any, **kwargs: Any) -> Undirected:
                 f"expected {type(program).__name__}.distribution() to return an RBM or BoltzmannMachine, got "
                 f"{type(found).__name__}; a program without that method is read by its sites"
             )
-        return found
+        return found, None
     if not callable(program) or isinstance(program, type):
         raise TypeError(
             f"expected an RBM, a BoltzmannMachine, a model with distribution() or a Pyro program, got {type(target).__name__}"
@@ -64,7 +85,8 @@ def energy_of(target: Any, *args: Any, **kwargs: Any) -> Undirected:
             f"expected a program with exactly one site drawn from an RBM or BoltzmannMachine, got {sites}; pass the "
             "distribution itself"
         )
-    return next(iter(reader.found.values()))
+    name, found = next(iter(reader.found.items()))
+    return found, name if name in reader.latent else None
 
 
 class _Reader(Messenger):
@@ -73,11 +95,14 @@ class _Reader(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, Undirected] = {}
+        self.latent: set[str] = set()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         fn = innermost(msg["fn"])
         if not isinstance(fn, Undirected):
             return
         self.found[msg["name"]] = fn
+        if not msg["is_observed"]:
+            self.latent.add(msg["name"])
         if not msg["done"] and not msg["is_observed"]:
             msg["value"], msg["done"] = fn.parameters[-1].new_zeros(msg["fn"].shape()), True

@@ -1,8 +1,10 @@
 """The gradient of an undirected model's log likelihood: data expectations minus model expectations, centred if wanted.
 
 Written out by hand: no computation graph is built. Centring replaces v and h by v − μ and h − λ in the gradient of the
-couplings and takes the biases' gradient along, which is the plain gradient of the same model with biases redefined, so that
-the maximum stays where it is.
+couplings and takes the biases' gradient along, which is the plain gradient of the same model with biases redefined. The
+maximum stays where it is as long as the couplings and all biases may move, each by itself: then both gradients are zero
+together. Where some are frozen, masked, tied or functions of others, only the plain gradient ends there. A Gaussian prior on
+the parameters is part of what is centred.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ class RBMGradient:
     Args:
         mean: of the training data `[D]`, which is μ.
         centered: subtract μ, and λ, the running mean of the hidden units given data.
+        decay: the precision of a Gaussian prior on W, b and c, over the number of data: decay · θ is added to the plain gradient.
     """
 
-    def __init__(self, mean: Tensor, *, centered: bool) -> None:
-        self.mu, self.centered = mean, centered
+    def __init__(self, mean: Tensor, *, centered: bool, decay: float = 0.0) -> None:
+        self.mu, self.centered, self.decay = mean, centered, decay
         self.lam: Tensor | None = None
         self._v = self._h = mean.new_empty(0, 0)
         self._out: Tensor | None = None
@@ -63,6 +66,8 @@ class RBMGradient:
         torch.mul(h, 1 / len(v), out=right[rows:total])
         b = v.mean(0) - x.mean(0)  # of −log p
         c = right[:total].sum(0)
+        if self.decay:
+            b, c = b.add_(rbm.b, alpha=self.decay), c.add_(rbm.c, alpha=self.decay)
         if not self.centered:
             left, right = left[:total], right[:total]
         else:
@@ -71,14 +76,17 @@ class RBMGradient:
             left[total], right[total] = b, -lam
             left[total + 1], right[total + 1] = self.mu, -c
         weight = torch.mm(left.t(), right, out=self._out)
+        if self.decay:
+            weight.add_(rbm.W, alpha=self.decay)
         if self.centered:
-            b = b - left.t() @ (right @ lam)  # − ∇W λ
-            c = c - right.t() @ (left @ self.mu)  # − ∇Wᵀ μ
+            b, c = b - weight @ lam, c - weight.t() @ self.mu
         return [weight, b, c]
 
     def _exact(self, rbm: RBM, x: Tensor, probs: Tensor) -> list[Tensor]:
         vh, v, h = rbm_moments(rbm.W, rbm.b, rbm.c)
         weight, b, c = torch.addmm(vh, x.t(), probs, alpha=-1 / len(x)), v - x.mean(0), h - probs.mean(0)
+        if self.decay:
+            weight, b, c = (g + self.decay * p for g, p in zip((weight, b, c), rbm.parameters, strict=True))
         if self.centered:
             lam = self._slide(probs)
             weight = weight - torch.outer(b, lam) - torch.outer(self.mu, c)
@@ -102,10 +110,12 @@ class BoltzmannGradient:
         num_data: rows of the training data.
         centered: subtract the data's mean, and the running mean of the hidden units given data.
         k: clamped sweeps at each visit.
+        decay: the precision of a Gaussian prior over the number of data: on b, and on all entries of J where J itself is a
+            parameter, else on the couplings above its diagonal.
     """
 
-    def __init__(self, mean: Tensor, num_data: int, *, centered: bool, k: int) -> None:
-        self.mean, self.num_data, self.centered, self.k = mean, num_data, centered, k
+    def __init__(self, mean: Tensor, num_data: int, *, centered: bool, k: int, decay: float = 0.0) -> None:
+        self.mean, self.num_data, self.centered, self.k, self.decay = mean, num_data, centered, k, decay
         self.lam: Tensor | None = None
         self._hidden: Tensor | None = None
         self._colours = Colours()
@@ -130,7 +140,10 @@ class BoltzmannGradient:
             s, _ = negative(machine, x, start)
             model_second, model_first = s.t() @ s / len(s), s.mean(0)
         b = model_first - first
-        J = (model_second - second).fill_diagonal_(0)
+        J = (model_second - second).fill_diagonal_(0)  # of a coupling, J_ij and J_ji together
+        if self.decay:
+            J = J.add_(couplings, alpha=self.decay * (2 if couplings.is_leaf else 1))
+            b = b.add_(bias, alpha=self.decay)
         if self.centered:
             self.lam = first.clone() if self.lam is None else self.lam.lerp_(first, SLIDE)
             m = torch.cat([self.mean, self.lam[len(self.mean) :]])

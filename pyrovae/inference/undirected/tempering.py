@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae.distributions.rbm import RBM
 from pyrovae.distributions.undirected import Undirected
 from pyrovae.inference.arviz import split_rhat
 from pyrovae.inference.undirected.block_chains import chains_of
@@ -35,8 +36,9 @@ class ParallelTempering:
         num_chains: replicas of the ladder.
         betas: inverse temperatures, decreasing from 1; the last is best 0, where draws are independent.
         num_sweeps: Gibbs sweeps between exchanges.
-        warmup: rounds of :meth:`sample` before the first draw.
-        adapt: during the warm-up, move the temperatures so that all pairs exchange equally often.
+        warmup: rounds before the first draw of :meth:`sample`, or before the first step of learning.
+        adapt: move the temperatures so that all pairs exchange equally often: after 1/8, 1/4 and 1/2 of the warm-up; in
+            learning, where the distribution changes, after 1/8, 1/4 and 1/2 of all steps.
         base_bias: b₀ of the first units, such as the logit of the data's mean; None is 0: uniform at β = 0.
 
     Raises:
@@ -74,7 +76,7 @@ class ParallelTempering:
                 raise ValueError(f"expected an integer num_temperatures >= 2, got {num_temperatures!r}")
             betas = torch.linspace(1.0, 0.0, num_temperatures, dtype=torch.float64)
         ladder = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
-        if ladder.dim() != 1 or len(ladder) < 2 or ladder[0] != 1 or ladder[-1] < 0 or bool((ladder.diff() >= 0).any()):
+        if ladder.dim() != 1 or len(ladder) < 2 or ladder[0] != 1 or not ladder[-1] >= 0 or not bool((ladder.diff() < 0).all()):
             raise ValueError(f"expected betas that decrease from 1 to at least 0, two or more, got {ladder.tolist()}")
         for name, (number, least) in {
             "num_chains": (num_chains, 1),
@@ -83,6 +85,17 @@ class ParallelTempering:
         }.items():
             if not isinstance(number, int) or number < least:
                 raise ValueError(f"expected an integer {name} >= {least}, got {number!r}")
+        if base_bias is not None and (
+            not isinstance(base_bias, Tensor) or base_bias.dim() != 1 or not bool(torch.isfinite(base_bias).all())
+        ):
+            got = f"shape {list(base_bias.shape)}" if isinstance(base_bias, Tensor) else type(base_bias).__name__
+            nan = (
+                "" if not isinstance(base_bias, Tensor) else f" with {int((~torch.isfinite(base_bias)).sum())} infinite or NaN"
+            )
+            raise ValueError(
+                f"expected a finite base_bias [D], a number for each of the first units, got {got}{nan}; of a mean of 0 or 1 "
+                "take the logit of a smoothed one, (sum + 1) / (N + 2)"
+            )
         self.num_temperatures, self.num_chains, self.betas, self.num_sweeps = len(ladder), num_chains, ladder, num_sweeps
         self.warmup, self.adapt, self.base_bias = warmup, adapt, base_bias
 
@@ -173,6 +186,7 @@ class Ladder:
         self.betas = method.betas.to(like.device)
         if visible is None:
             visible = (torch.rand(T * C, distribution.event_shape[0], device=like.device) < 0.5).to(like)
+        _check_base(method.base_bias, distribution)
         self.chains = chains_of(distribution, visible, method.base_bias)
         self.dtype = like.dtype
         self.row = torch.arange(T * C, device=like.device).view(T, C)  # which row is at place t of replica c
@@ -209,7 +223,7 @@ class Ladder:
 
     def run(self, distribution: Undirected, rounds: int, *, adapt: bool = False) -> None:
         """Rounds of a warm-up; with `adapt` the temperatures move after 1/8, 1/4 and 1/2 of them."""
-        moves = {rounds // 8, rounds // 4, rounds // 2} - {0} if adapt else set()
+        moves = moves_of(rounds) if adapt else set()
         for done in range(1, rounds + 1):
             self.round(distribution)
             if done in moves:
@@ -265,3 +279,19 @@ class Ladder:
         self.round_trips += int((self._visited[top] == 2).sum())
         self._visited[top] = 1
         self._visited[bottom] = torch.where(self._visited[bottom] == 1, 2, self._visited[bottom])
+
+
+def moves_of(rounds: int) -> set[int]:
+    """After which of so many rounds, or steps, an adaptive ladder moves its temperatures."""
+    return {rounds // 8, rounds // 4, rounds // 2} - {0}
+
+
+def _check_base(base_bias: Tensor | None, distribution: Undirected) -> None:
+    """A base bias has a number for each visible unit of an RBM, or for each of the first units of a Boltzmann machine."""
+    if base_bias is None:
+        return
+    units = distribution.parameters[1].shape[0]
+    fits = len(base_bias) == units if isinstance(distribution, RBM) else 1 <= len(base_bias) <= units
+    if not fits:
+        wanted = f"[{units}]" if isinstance(distribution, RBM) else f"of 1 to {units} units"
+        raise ValueError(f"expected base_bias {wanted}, got {list(base_bias.shape)}")
