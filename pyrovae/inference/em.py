@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import trange
 
+from pyrovae.handlers.declared import method_of_program, takes
 from pyrovae.handlers.energy import check_normalized, warn_of_energies
-from pyrovae.handlers.structure import read_structure
+from pyrovae.handlers.structure import Structure, read_structure
 from pyrovae.inference.exact.exact import Exact
-from pyrovae.inference.fit import Fit, check_penalty, snapshot, squared_norm, state_of, versions
+from pyrovae.inference.fit import Fit, check_held_out, check_penalty, snapshot, squared_norm, state_of, versions
 from pyrovae.inference.log_prior import log_prior_of
 from pyrovae.inference.posterior import Posterior, Program
 from pyrovae.ops import isolated_rng
@@ -87,12 +89,15 @@ class EM:
             **kwargs: its keyword arguments.
 
         Raises:
-            ValueError: if the model has no parameters, or the E-step refuses the program.
+            ValueError: if the model has no parameters, or the E-step refuses the program; for a minibatch, and for validation
+                data beside a keyword argument that belongs to the rows of the training data.
             RuntimeError: if the penalised log likelihood fell although the E-step is exact.
         """
         begin, seed = time.perf_counter(), torch.initial_seed()
         structure = read_structure(model, args, kwargs)
         check_normalized(structure, "EM")
+        _check_all_data(structure)
+        check_held_out(args, kwargs, validation)
         warn_of_energies(model, args, kwargs, structure)
         leaves = {n: leaf for n, leaf in structure.leaves.items() if leaf.requires_grad}
         if not leaves:
@@ -104,12 +109,13 @@ class EM:
         e_step: Callable[[], Posterior] = (
             partial(self.e_step.infer, model, *args, **kwargs) if repeated is None else repeated(model, args, kwargs, structure)
         )
-        own_step = self._own_m_step(model, args, kwargs)
+        log_prior = log_prior_of(model)
+        own_step = self._own_m_step(model, structure, args, kwargs)
         try:
             for step in trange(self.num_iterations + 1, desc="EM", disable=not self.progress):
                 posterior = e_step()
                 evaluations += int(posterior.diagnostics.get("model_evaluations", 0))
-                record = self._record(step, posterior, leaves, model)
+                record = self._record(step, posterior, leaves, log_prior)
                 if validation is not None:
                     others = validation if isinstance(validation, tuple) else (validation,)
                     with isolated_rng():  # looking at other data does not change the training
@@ -122,7 +128,7 @@ class EM:
                     self._check_monotone(previous, record["loss"], posterior)
                     previous = record["loss"]
                 if step < self.num_iterations:
-                    evaluations += self._m_step(model, posterior, leaves, own_step)
+                    evaluations += self._m_step(model, posterior, leaves, own_step, log_prior)
         finally:
             for name, leaf in leaves.items():
                 leaf.grad = gradients[name]
@@ -138,11 +144,12 @@ class EM:
         )
 
     def _own_m_step(
-        self, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, model: Program, structure: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Callable[[Posterior], object] | None:
-        """The model's own M-step at these arguments; None where it has none for this penalty."""
-        own = getattr(model, "m_step", None)
-        if own is None:
+        """The model's own M-step at these arguments; None where it has none for this penalty, or would move what is frozen."""
+        own = method_of_program(model, "m_step")
+        parameters = list(structure.leaves.values()) + (list(model.parameters()) if isinstance(model, nn.Module) else [])
+        if own is None or not all(parameter.requires_grad for parameter in parameters):
             return None
         known = inspect.signature(own).parameters
         if self.penalty and "penalty" not in known:
@@ -150,6 +157,8 @@ class EM:
         given = {name: value for name, value in kwargs.items() if name in known}
         if self.penalty:
             given["penalty"] = self.penalty
+        if not takes(own, (None, *args), given):
+            return None
         return lambda posterior: own(posterior, *args, **given)
 
     def _m_step(
@@ -158,12 +167,12 @@ class EM:
         posterior: Posterior,
         leaves: Mapping[str, Tensor],
         own: Callable[[Posterior], object] | None,
+        log_prior: Callable[[], Tensor] | None,
     ) -> int:
         """Raise Q; the number of its evaluations."""
         if own is not None:
             own(posterior)
             return 0
-        log_prior = log_prior_of(model)
         structured = getattr(posterior, "m_step", None)
         if structured is not None and log_prior is None:
             calls = structured(model, leaves, penalty=self.penalty, max_steps=self.m_steps)
@@ -173,7 +182,9 @@ class EM:
         objective = q if log_prior is None else lambda: q() + log_prior()
         return maximise(objective, leaves, self.penalty, self.m_steps, posterior.structure.batch_shape.numel())
 
-    def _record(self, step: int, posterior: Posterior, leaves: Mapping[str, Tensor], model: Program) -> dict[str, Any]:
+    def _record(
+        self, step: int, posterior: Posterior, leaves: Mapping[str, Tensor], log_prior: Callable[[], Tensor] | None
+    ) -> dict[str, Any]:
         record: dict[str, Any] = {"step": step, "loss": None, "bound": None, "stderr": None, "validation": None}
         if posterior.log_evidence is not None:
             rows = max(1, posterior.log_evidence.numel())
@@ -181,7 +192,7 @@ class EM:
             record["loss"] = float(-posterior.log_evidence.sum())
             if self.penalty:
                 record["loss"] += float(self.penalty / 2 * squared_norm(leaves).detach())
-            if (log_prior := log_prior_of(model)) is not None:
+            if log_prior is not None:
                 record["loss"] -= float(log_prior().detach())
             record["bound"] = float(posterior.log_evidence.mean())
             record["stderr"] = float(stderr.square().sum().sqrt() / rows)
@@ -203,10 +214,13 @@ class EM:
 
 
 def maximise(q: Callable[[], Tensor], leaves: Mapping[str, Tensor], penalty: float, steps: int, rows: int) -> int:
-    """Raise q − λ/2 ‖θ‖² by L-BFGS, in place; parameters are put back if it fell.
+    """Raise q − λ/2 ‖θ‖² by L-BFGS, in place; parameters are put back if it fell, or could not be told any more.
 
     Returns:
         The number of evaluations of q.
+
+    Raises:
+        ValueError, RuntimeError: what q raises at the parameters as they are.
     """
     calls = 0
     before = snapshot(leaves)
@@ -230,9 +244,37 @@ def maximise(q: Callable[[], Tensor], leaves: Mapping[str, Tensor], penalty: flo
         loss.backward()
         return loss
 
-    start = optimizer.step(closure)
-    with torch.no_grad():
-        if not objective() <= start:
-            for name, leaf in leaves.items():
-                leaf.copy_(before[name])
+    raised, told = False, "Q that is not finite"
+    try:
+        start = optimizer.step(closure)
+        with torch.no_grad():
+            end = objective()
+        raised, finite = bool(end <= start), bool(end.isfinite())
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:  # a program far from where it was
+        if calls < 2:
+            raise
+        finite, told = False, f"an error ({error})"
+    finally:
+        if not raised:
+            with torch.no_grad():
+                for name, leaf in leaves.items():
+                    leaf.copy_(before[name])
+    if not finite:
+        warnings.warn(
+            f"an M-step by L-BFGS met {told}: its parameters are put back, and this step learned nothing", stacklevel=4
+        )
     return calls
+
+
+def _check_all_data(structure: Structure) -> None:
+    """Refuse a minibatch: E-steps of a part of the rows tell the M-step nothing of the others.
+
+    Raises:
+        ValueError: with the plate.
+    """
+    for plate in structure.plates:
+        if plate.size < plate.full_size:
+            raise ValueError(
+                f"expected all rows for EM, got {plate.size} of {plate.full_size} in plate {plate.name!r}; pass the whole data "
+                "without index and num_data, or learn in minibatches by Variational(None, ExactLikelihood())"
+            )

@@ -100,6 +100,29 @@ def squared_norm(leaves: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([(leaf**2).sum() for leaf in leaves.values()]).sum()
 
 
+def check_held_out(args: tuple[Any, ...], kwargs: Mapping[str, Any], validation: Any) -> None:
+    """Refuse validation data beside keyword arguments with a row for each row of the training data: they take those along.
+
+    Args:
+        args: the training data's arguments.
+        kwargs: likewise; they serve the validation data too.
+        validation: a tensor, a tuple of arguments, or None.
+
+    Raises:
+        ValueError: with the name of the argument.
+    """
+    first = validation[0] if isinstance(validation, tuple) and validation else validation
+    if validation is None or not args or not isinstance(args[0], torch.Tensor) or first is args[0] or not args[0].dim():
+        return
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.dim() and len(value) == len(args[0]):
+            raise ValueError(
+                f"expected keyword arguments that serve the validation data too, got {name} with an entry for each of the "
+                f"{len(value)} rows of the training data; pass it by position, fit(model, x, {name}, "
+                f"validation=(x_validation, {name}_validation)), or fit without validation"
+            )
+
+
 def check_penalty(penalty: float) -> float:
     """A penalty's precision, not negative."""
     if not penalty >= 0:

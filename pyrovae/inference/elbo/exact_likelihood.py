@@ -15,6 +15,7 @@ from pyrovae.handlers.own_params import announce
 from pyrovae.handlers.structure import Structure, read_structure
 from pyrovae.inference.exact.enumeration import Enumeration
 from pyrovae.inference.exact.routes import FoundRoute, find_route
+from pyrovae.inference.fit import root_module
 from pyrovae.inference.log_joint import log_likelihood
 
 Program = Callable[..., Any]
@@ -47,6 +48,7 @@ class ExactLikelihood(pyro.infer.ELBO):
         super().__init__()
         self.max_bytes, self.declared = max_bytes, declared
         self._warned = False
+        self._checked: type | None = None  # the class whose declaration was compared with its program
 
     def differentiable_loss(self, model: Program, guide: Program | None, *args: Any, **kwargs: Any) -> Tensor:
         """−log p(x), 0-d; `guide` is ignored."""
@@ -99,7 +101,13 @@ class ExactLikelihood(pyro.infer.ELBO):
     def _declared_route(self, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FoundRoute | None:
         if not self.declared:
             return None
-        return find_route(model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood")
+        seen = type(root_module(model))
+        found = find_route(
+            model, args, kwargs, max_bytes=self.max_bytes, method="ExactLikelihood", check=seen is not self._checked
+        )
+        if found is not None:
+            self._checked = seen
+        return found
 
     def _get_trace(self, model: Program, guide: Program | None, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("ExactLikelihood sums over states and draws no traces")

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrovae.handlers import declared
-from pyrovae.handlers.own_params import OwnedProgram
+from pyrovae.handlers.declared import declares
 from pyrovae.handlers.structure import Structure, read_structure
 from pyrovae.inference.exact.chain import ChainRoute
+from pyrovae.inference.exact.declaration import check_declaration
 from pyrovae.inference.exact.factorial import FactorialRoute
 from pyrovae.inference.exact.linear_code import LinearCodeRoute, check_finite
 from pyrovae.inference.posterior import Posterior, Program
@@ -102,6 +103,7 @@ def find_route(
     max_bytes: int,
     method: str,
     structure: Structure | None = None,
+    check: bool = True,
 ) -> FoundRoute | None:
     """The declared route that serves a program at its arguments, or None: then it is enumerated.
 
@@ -114,11 +116,13 @@ def find_route(
         max_bytes: the memory that an evaluation may take.
         method: named in error messages.
         structure: of the program at its arguments, where it is known already.
+        check: compare the declaration with the program at a few rows.
 
     Raises:
-        ValueError: if the program refuses its data, or the work is too much for any route.
+        ValueError: if the program refuses its data, the work is too much for any route, or the declaration tells another log
+            joint than the program.
     """
-    names = [name for name in ROUTES if _declares(model, name)]
+    names = [name for name in ROUTES if declares(model, name, *_arguments(name, args, kwargs))]
     if not names or not args or not isinstance(args[0], Tensor):
         return None
     if "layers" in names and (record := declared(model, "layers")) is not None:
@@ -132,19 +136,20 @@ def find_route(
     for name in names:
         record = _record(model, name, args, kwargs)
         if record is not None and ROUTES[name].fits(record, task):
+            if check:
+                check_declaration(model, record, args, kwargs, structure)
             return FoundRoute(name, ROUTES[name], record, task)
     return None
 
 
 def _record(model: Program, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a model declares; its layers alone do not depend on the data."""
-    return declared(model, name, *(() if name == "layers" else (args, kwargs)))
+    """What a model declares."""
+    return declared(model, name, *_arguments(name, args, kwargs))
 
 
-def _declares(model: Program, name: str) -> bool:
-    while isinstance(model, OwnedProgram):
-        model = model.program
-    return isinstance(model, nn.Module) and callable(getattr(model, name, None))
+def _arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """What a declaring method takes; layers alone do not depend on the data."""
+    return ((), {}) if name == "layers" else (args, kwargs)
 
 
 def _plain(structure: Structure) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyrovae.handlers import declared
 from pyrovae.handlers.structure import Latent, finite_latents, one_plate_a_dim
 from pyrovae.inference.draws import DrawsPosterior
+from pyrovae.inference.exact.declaration import check_declaration
 from pyrovae.inference.exact.enumeration import Enumeration
 from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.mcmc.chain_sweep import ChainSweep
@@ -215,11 +216,14 @@ def _declared_sweep(log_joint: LogJoint, chains: int, sweeps: int | None) -> Lay
         return None
     if len(structure.latents) != 1 or any(mask is not None for mask in structure.masks.values()):
         return None
-    chain = declared(model, "chain", args, kwargs)
-    if chain is not None:
-        return ChainSweep(chain, structure, chains)
-    code = declared(model, "factorial_code", args, kwargs)
-    return None if code is None else FactorialSweep(code, structure, chains)
+    if len(structure.plates) != 1 or structure.batch_shape != (len(args[0]),):
+        return None
+    for name, sweep in (("chain", ChainSweep), ("factorial_code", FactorialSweep)):
+        record = declared(model, name, args, kwargs)
+        if record is not None and record.site == structure.latents[0].name:
+            check_declaration(model, record, args, kwargs, structure)
+            return sweep(record, structure, chains)
+    return None
 
 
 def uniform_codes(latent: Latent, chains: int) -> Tensor:

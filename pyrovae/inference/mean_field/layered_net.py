@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrovae.handlers import declared
 from pyrovae.handlers.structure import Structure
+from pyrovae.inference.exact.declaration import check_declaration
 from pyrovae.inference.posterior import Program
 from pyrovae.ops import SigmoidLayers, check_enumerable, rbm_log_partition
 
@@ -103,7 +104,7 @@ def layered_net(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         structure: what a pilot run told of it.
 
     Raises:
-        ValueError: for weights that are not finite.
+        ValueError: for weights that are not finite, or a declaration that tells another log joint than the program.
     """
     layers = declared(model, "layers")
     if not isinstance(layers, SigmoidLayers) or not args or not isinstance(args[0], Tensor) or args[0].dim() != 2:
@@ -111,11 +112,14 @@ def layered_net(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     rows = torch.Size([len(args[0])])
     same = {latent.name for latent in structure.latents} == set(layers.sites)
     in_rows = all(latent.kind == "bit" and latent.batch_shape == rows for latent in structure.latents)
-    if not same or not in_rows or structure.batch_shape != rows or structure.random_plates or structure.sequential:
+    if not same or not in_rows or structure.batch_shape != rows or len(structure.plates) != 1 or structure.sequential:
+        return None
+    if structure.random_plates:
         return None
     if any(mask is not None and mask is not True for mask in structure.masks.values()):
         return None
     tensors = (*layers.weights, *layers.biases, layers.top_bias, layers.top_weight, layers.top_hidden_bias)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None):
         raise ValueError("expected finite weights and biases, got NaN or infinite ones; look at the learning rate")
+    check_declaration(model, layers, args, kwargs, structure)
     return LayeredNet(layers, args[0].to(layers.weights[0]))

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
-from pyrovae.inference.fit import Fit, root_module, versions
+from pyrovae.inference.fit import Fit, check_held_out, root_module, versions
 from pyrovae.inference.posterior import Program
 from pyrovae.inference.variational import checkpoint as files
 from pyrovae.inference.variational.batches import check_device, on_device, take_index
@@ -57,6 +57,7 @@ class Training:
                 f"expected a folder without a checkpoint, got {method.checkpoint} with one; pass resume=True to go on from "
                 "it, or name another folder"
             )
+        check_held_out(args, kwargs, validation)
         args, kwargs, held_out = self._moved(args, kwargs, validation)
         self.data = (
             {}
