@@ -8,7 +8,8 @@ bilinear, e_Aᵀ M e_B with M = exp(table) and e = exp(drive · half), so that N
 a row instead of 2^H exponentials, and 2^(H/2) numbers a row instead of 2^H.
 
 All is computed in float64. The exponents are taken relative to a *tilt*, the mean drive of a group of rows; rows whose sum
-would underflow under it get a tilt of their own, so that no drive is too large.
+would underflow under it get a tilt of their own, so that no drive is too large. Each such group costs 2^H exponentials more in
+every pass over the rows. Up to moderate weights there is one; with very large weights there may be as many as rows that differ.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _MAX_ROWS = 512
 def linear_code_logsumexp(drive: Tensor, table: Tensor, *, max_bytes: int = 2**28) -> Tensor:
     """Log Σ_h exp(drive_n · h + table[h]) over all codes h, exact.
 
-    Costs 2^(H+1) floating point operations a row, and as many twice more for the gradient, which recomputes chunks.
+    Costs 2^(H+1) floating point operations a row, and 2^H exponentials for each group of rows that share a tilt (see above);
+    the gradient takes both twice more, recomputing chunks.
 
     Args:
         drive: `[N, H]`, finite.
@@ -51,7 +53,8 @@ def linear_code_logsumexp(drive: Tensor, table: Tensor, *, max_bytes: int = 2**2
 class LinearCodes:
     """The distributions p(h | n) ∝ exp(drive_n · h + table[h]) of N rows, held implicitly; exact.
 
-    Construction costs one matrix product of N x 2^H multiplications, each further answer as many or what it says.
+    Construction costs a matrix product of N x 2^H multiplications and `num_groups` x 2^H exponentials: a pass. Each further
+    answer costs another pass, or what it says.
 
     Args:
         drive: `[N, H]`, finite; rows of a float64 copy.
@@ -89,6 +92,11 @@ class LinearCodes:
         self._mean: Tensor | None = None
         self._groups: list[tuple[Tensor, Tensor]] = []  # a tilt [H] and the rows whose sums it keeps from underflow
         self._solve()
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of rows that share a tilt: a pass takes 2^H exponentials for each."""
+        return len(self._groups)
 
     @property
     def mean(self) -> Tensor:

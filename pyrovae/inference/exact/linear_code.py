@@ -80,7 +80,11 @@ class LinearCodeRoute:
             structure=task.structure,
             log_evidence=log_evidence.to(net.top_bias.dtype),
             bound="exact",
-            diagnostics={"model_evaluations": self.model_evaluations(record, task), "joint_states": 2 ** sum(_sizes(net))},
+            diagnostics={
+                "model_evaluations": self.model_evaluations(record, task),
+                "joint_states": 2 ** sum(_sizes(net)),
+                "groups": tuple(codes.num_groups for codes in reversed(found)),
+            },
             seconds=time.perf_counter() - start,
             net=net,
             codes=tuple(reversed(found)),
@@ -127,8 +131,9 @@ def check_finite(record: SigmoidLayers) -> None:
 class LinearCodePosterior(Posterior):
     """p(h_1, …, h_L | x) of a belief net, implicit: no table has rows x codes entries.
 
-    Exact. Costs, with N rows and H bits in the first layer: evidence N 2^H multiplications; marginals of that layer, an
-    M-step's statistics and entropy as many again; a deeper layer's marginals as many for each of its units; draws N 2^H
+    Exact. Costs, with N rows and H bits in the first layer: evidence N 2^H multiplications, and 2^H exponentials for each group
+    of rows that are far apart under large weights (`diagnostics["groups"]`, of each layer; mostly 1); marginals of that layer,
+    an M-step's statistics and entropy as many again; a deeper layer's marginals as many for each of its units; draws N 2^H
     once and n 2^(H/2) a row; the mode N 2^H additions; E[f(h_1)] N 2^H values of f. A function of deeper layers goes through
     the generic enumeration (`Exact(declared=False)`), which refuses what does not fit.
     """
