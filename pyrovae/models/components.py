@@ -49,6 +49,10 @@ class Components(nn.Module, ABC):
         """Log density of the parameters' prior up to a constant, 0-d."""
 
     @abstractmethod
+    def possible(self, x: Tensor) -> Tensor:
+        """Which observations `[...]` have a log probability, and a gradient of it, that are numbers."""
+
+    @abstractmethod
     def check(self, x: Tensor, seen: Tensor | None = None) -> None:
         """Refuse data `[...]` or `[..., width]` that no component can emit; `seen` `[...]` tells what counts.
 
@@ -90,6 +94,10 @@ class CategoricalComponents(Components):
         """(concentration − 1) Σ log p, 0-d."""
         return log_dirichlet(self.logits, self.concentration)
 
+    def possible(self, x: Tensor) -> Tensor:
+        """Which are symbols."""
+        return (x == x.round()) & (x >= 0) & (x < self.width)
+
     def check(self, x: Tensor, seen: Tensor | None = None) -> None:
         """Refuse what is no symbol; see :class:`Components`."""
         shown = x if seen is None else x[seen]
@@ -123,7 +131,7 @@ class BernoulliComponents(Components):
 
     def log_likelihood(self, x: Tensor) -> Tensor:
         """Log p(x | k), `[..., K]`, one matrix product."""
-        return x @ self.logits.T - F.softplus(self.logits, threshold=40).sum(-1)
+        return x.to(self.logits) @ self.logits.T - F.softplus(self.logits, threshold=40).sum(-1)
 
     @torch.no_grad()
     def m_step(self, weights: Tensor, x: Tensor) -> None:
@@ -138,6 +146,10 @@ class BernoulliComponents(Components):
         if self.concentration == 1:
             return self.logits.new_zeros(())
         return (self.concentration - 1) * (F.logsigmoid(self.logits) + F.logsigmoid(-self.logits)).sum()
+
+    def possible(self, x: Tensor) -> Tensor:
+        """Which are bits, all of them."""
+        return ((x == 0) | (x == 1)).all(-1)
 
     def check(self, x: Tensor, seen: Tensor | None = None) -> None:
         """Refuse what is no bit; see :class:`Components`."""

@@ -67,6 +67,7 @@ class GaussianComponents(Components):
 
     def log_likelihood(self, x: Tensor) -> Tensor:
         """Log p(x | k), `[..., K]`."""
+        x = x.to(self.loc)
         log_det = self.log_scale.expand(self.loc.shape).sum(-1)
         if self.covariance == "full":
             squares = [((x - m) @ w.T).square().sum(-1) for m, w in zip(self.loc, self._whitening(), strict=True)]
@@ -111,6 +112,10 @@ class GaussianComponents(Components):
         log_scale = self.log_scale.expand(self.loc.shape)
         trace = self._whitening().square().sum() if self.covariance == "full" else (-2 * log_scale).exp().sum()
         return -0.5 * self.prior_count * (2 * log_scale.sum() + self.prior_variance * trace)
+
+    def possible(self, x: Tensor) -> Tensor:
+        """Which are finite, and so far from the largest number that their squares, divided by a variance, are so too."""
+        return (x.abs() < torch.finfo(self.loc.dtype).max ** 0.125).all(-1)
 
     def check(self, x: Tensor, seen: Tensor | None = None) -> None:
         """Refuse what is no number; see :class:`Components`."""

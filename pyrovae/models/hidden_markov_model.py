@@ -168,8 +168,9 @@ class HiddenMarkovModel(Module):
         """Run the program.
 
         Args:
-            x: data, `[B, L]` symbols or `[B, L, D]`; None draws from the prior. What lies beyond a sequence's length is not
-                looked at.
+            x: data, `[B, L]` symbols or `[B, L, D]`; None draws from the prior. What lies beyond a sequence's length does
+                not count. Where it could not be seen (NaN, −1), the site `"x"` has the first symbol or vector there, and
+                for the rest `x` itself.
             lengths: seen times of each sequence, `[B]`, from 1 to L; None for all. States beyond follow the chain unseen.
             batch_size: rows to draw where `x` is None.
             length: times to draw where `x` is None; by default the model's.
@@ -187,8 +188,7 @@ class HiddenMarkovModel(Module):
             seen = self._seen(x, lengths)
             if is_validation_enabled():
                 self.emission.check(x, seen)
-            if lengths is not None:
-                x = torch.where(seen if self.emission.event_dim == 0 else seen.unsqueeze(-1), x, x[:1, :1])
+            x = self._filled(x, seen)
             if index is not None and len(index) != len(x):
                 raise ValueError(f"expected index [B] and x with as many rows, got {len(index)} and {len(x)}")
         rows = batch_size if x is None else len(x)
@@ -206,8 +206,7 @@ class HiddenMarkovModel(Module):
         if x is None:
             return None
         if lengths is not None:
-            seen = self._seen(x, lengths)
-            x = torch.where(seen if self.emission.event_dim == 0 else seen.unsqueeze(-1), x, x[:1, :1])
+            x = self._filled(x, self._seen(x, lengths))
         log_initial, log_transition = torch.log_softmax(self.initial, -1), torch.log_softmax(self.transition, -1)
         log_likelihood = self.emission.log_likelihood(x.transpose(0, 1)).transpose(0, 1)  # times first in memory
         return Chain("z", log_initial, log_transition, log_likelihood, lengths)
@@ -245,6 +244,14 @@ class HiddenMarkovModel(Module):
         """Log density of the priors, up to a constant; 0-d."""
         chain = log_dirichlet(self.initial, self.concentration) + log_dirichlet(self.transition, self.concentration)
         return chain + self.emission.log_prior()
+
+    def _filled(self, x: Tensor, seen: Tensor) -> Tensor:
+        """The data; a copy only for another dtype, or where padding, though masked, would spoil gradients."""
+        x = x if self.emission.event_dim == 0 else x.to(self.initial)
+        spoilt = ~(seen | self.emission.possible(x))
+        if not bool(spoilt.any()):
+            return x
+        return torch.where(spoilt if self.emission.event_dim == 0 else spoilt.unsqueeze(-1), x[:1, :1], x)
 
     def _seen(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """Which times of which sequences count, `[B, L]`."""

@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyrovae.handlers import Module, own_params
@@ -92,7 +93,17 @@ class Mixture(Module):
             return own_params(self)(batch_size=n)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log p(x) `[B]`, exact, differentiable; O(B K visible)."""
+        """Log p(x) `[B]`, exact, differentiable; O(B K visible), times visible with full covariances.
+
+        Args:
+            x: data `[B, visible]`.
+
+        Raises:
+            ValueError: for another shape; where Pyro's validation is on, for values that no component can have.
+        """
+        check_rows(x, self.components.width)
+        if is_validation_enabled():
+            self.components.check(x)
         return torch.logsumexp(torch.log_softmax(self.weights, -1) + self.components.log_likelihood(x), -1)
 
     def m_step(self, posterior: Any, x: Tensor) -> None:

@@ -113,6 +113,34 @@ def test_padding_is_not_looked_at(kind):
 
 
 @each
+def test_padding_that_can_be_scored_is_left(kind):
+    """The site observes the argument itself, so that what replaces arguments by draws finds it."""
+    model, x, lengths = build(kind)
+    assert model(x, lengths) is x
+    spoilt = x.clone()
+    beyond = torch.arange(6) >= lengths.unsqueeze(-1)
+    spoilt[beyond] = -7 if kind == "categorical" else math.nan
+    shown = model(spoilt, lengths)
+    assert torch.equal(shown[~beyond], x[~beyond])
+    assert bool((shown[beyond] == x[0, 0]).all())
+    if kind == "gaussian":  # a square that overflows, masked, still makes a gradient NaN
+        model, x = model.float(), x.float()
+        x[beyond] = 1e30
+        loss = ExactLikelihood().differentiable_loss(model, None, x, lengths)
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, model.parameters()))
+
+
+@each
+def test_data_of_another_dtype(kind):
+    for own, given in itertools.permutations((torch.float32, torch.float64)):
+        model, x, lengths = build(kind)
+        model, x = model.to(own), x if kind == "categorical" else x.to(given)
+        model.initialize(x, lengths)
+        EM(num_iterations=2).fit(model, x, lengths)
+        assert Exact().infer(model, x, lengths).log_evidence.dtype == own
+
+
+@each
 def test_the_program(kind):
     model, x, lengths = build(kind)
     assert x.shape == ((12, 6) if kind == "categorical" else (12, 6, 2))

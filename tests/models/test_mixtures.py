@@ -6,6 +6,7 @@ import json
 import math
 from functools import partial
 
+import pyro
 import pytest
 import stats
 import torch
@@ -231,6 +232,34 @@ def test_starts():
         bits.initialize(x)
     with pytest.raises(ValueError, match="expected data"):
         bits.initialize(x[:, 1:])
+
+
+def test_log_prob_refuses_what_no_component_has():
+    bits, real = BernoulliMixture(4, 3), GaussianMixture(4, 3)
+    for model, x, message in [
+        (bits, torch.full((2, 4), 0.5), r"expected x in \{0, 1\} .* got values from 0.5 to 0.5"),
+        (bits, torch.full((2, 4), math.nan), r"expected x in \{0, 1\} .* got NaN"),
+        (real, torch.full((2, 4), math.nan), "expected finite numbers"),
+        (bits, torch.zeros(2, 3), r"expected data \[n, 4\] .* got \[2, 3\]"),
+        (real, torch.zeros(4), r"expected data \[n, 4\] .* got \[4\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.log_prob(x)
+    with pyro.validation_enabled(False):
+        assert bool(bits.log_prob(torch.full((2, 4), 0.5)).isfinite().all())
+
+
+@each
+def test_data_of_another_dtype(kind):
+    """All that a float32 model is asked of float64 data, and the other way about."""
+    for own, given in itertools.permutations((torch.float32, torch.float64)):
+        model, x = build(kind)
+        model, x = model.to(own), x.to(given)
+        model.initialize(x)
+        EM(num_iterations=2).fit(model, x)
+        exact = Exact().infer(model, x).log_evidence
+        assert model.log_prob(x).dtype == exact.dtype == own
+        assert torch.allclose(model.log_prob(x), exact, rtol=1e-4)
 
 
 def test_bad_arguments():
