@@ -1,5 +1,7 @@
 """MeanField: coordinate ascent checked against the enumerated joint."""
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -264,6 +266,22 @@ def test_snapshot():
             parameter.add_(1.0)
     assert torch.equal(posterior.log_prob(z), before)
     assert torch.equal(posterior.marginals["h1"], marginals)
+
+
+def test_float32_at_large_weights():
+    """The bound is that of q, summed in float64: it does not pass log p(x) by what float32 rounds off large terms."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        net = toy.belief_net(8, 5).float()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.normal_(0, 300.0)
+        x = net.sample(20)
+        found = MeanField(4).infer(net, x)
+        wide = copy.deepcopy(net).double()
+        exact = Exact().infer(wide, x.double()).log_evidence
+        assert found.log_evidence.dtype == torch.float32
+        assert bool((found.log_evidence <= (exact + 1e-10).float()).all())
 
 
 def test_float32():

@@ -2,7 +2,8 @@
 
 With q(h) = Π Bern(h_j), E_q[log p(x, h)] is bilinear in the means of neighbouring layers but for the normalisers of each
 layer's children, A(h) = Σ_i softplus(z_i(h)), which no datum enters. They are tabulated once for all codes of a layer, as a
-matrix over its two halves: E_q[A] = q_Aᵀ A q_B, a matrix product for all rows.
+matrix over its two halves: E_q[A] = q_Aᵀ A q_B, a matrix product for all rows. The ascent runs in the dtype of the model; the
+bound that it ends at is computed anew in float64, and only then rounded to that dtype.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class LayeredMeanFieldPosterior(BitsPosterior):
 
 def fits(net: LayeredNet, max_bytes: int) -> bool:
     """Whether the tables of all layers fit, with the temporaries that they take."""
-    return 4 * net.x.element_size() * sum(2.0**units for units in net.sizes) <= max_bytes
+    return 4 * 8 * sum(2.0**units for units in net.sizes) <= max_bytes
 
 
 def infer_layers(
@@ -122,6 +123,9 @@ def infer_layers(
             best = [torch.where(better.unsqueeze(-1), new, old) for new, old in zip(logits, best, strict=True)]
             evidence = torch.maximum(evidence, reached)
     assert best is not None
+    if evidence.dtype != torch.float64:
+        del ascent
+        evidence = _bound_in_float64(net, best, size).to(evidence)
     return LayeredMeanFieldPosterior(
         structure=structure,
         log_evidence=evidence,
@@ -135,6 +139,13 @@ def infer_layers(
         logits=dict(zip(net.layers.sites, best, strict=True)),
         log_joint=log_joint,
     )
+
+
+def _bound_in_float64(net: LayeredNet, logits: list[Tensor], size: int) -> Tensor:
+    """The bound of a q, `[N]`: at large weights the terms that cancel are far larger than what is left of them."""
+    net = net.double()
+    ascent, rows = _Ascent(net), [slice(first, first + size) for first in range(0, len(net.x), size)]
+    return torch.cat([ascent.bound(net.rows(part), [value[part].double() for value in logits]) for part in rows])
 
 
 class _Ascent:
