@@ -16,9 +16,10 @@ from stats import means_agree
 from torch import nn
 
 from pyrovae.guides import AmortizedMeanField, AmortizedStructured, LocalMeanField
+from pyrovae.handlers import Module
 from pyrovae.inference import Exact, Variational, WakeSleep
 from pyrovae.inference.belief_nets.wake_sleep import TwoPhases, dream
-from pyrovae.models import DeepBeliefNet, GaussianVAE, SigmoidBeliefNet, toy
+from pyrovae.models import DeepBeliefNet, GaussianVAE, HiddenMarkovModel, SigmoidBeliefNet, toy
 
 
 class Force(Messenger):
@@ -218,6 +219,36 @@ def test_plain_functions_and_arguments_that_are_no_data():
     residual = trace.nodes["x"]["value"] - trace.nodes["mean"]["value"]
     assert means_agree(residual, torch.zeros(4)), "the dream is drawn around what the program computed"
     assert not means_agree(residual, torch.ones(4))
+
+
+class PathGuide(Module):
+    """q(z | x): each time's state from its own observation."""
+
+    def __init__(self, symbols, states):
+        super().__init__()
+        self.logits = nn.Parameter(0.01 * torch.randn(symbols, states))
+
+    def forward(self, x, lengths=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(logits=self.logits[x]).to_event(1))
+
+
+def test_sequences_of_unequal_lengths():
+    """What is drawn takes the place of padded data, the lengths stay; the guide learns what a symbol tells."""
+    torch.manual_seed(0)
+    model, guide = HiddenMarkovModel(2, 3), PathGuide(3, 2)
+    lengths = torch.tensor([6, 1, 3, 2] * 10)
+    x = model.sample(40, length=6) * (torch.arange(6) < lengths.unsqueeze(-1))
+    trace, (drawn, same), _ = dream(model, (x, lengths), {}, {})
+    assert drawn is trace.nodes["x"]["value"]
+    assert same is lengths
+    before = copy.deepcopy(model.state_dict())
+    fit = WakeSleep(guide, num_steps=150).fit(model, x, lengths)
+    assert fit.history[-1]["bound"] > fit.history[0]["bound"]
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert bool((guide.logits.abs() > 0.1).any())
+    bound = WakeSleep(guide, num_steps=1).infer(model, x, lengths)
+    assert float(bound.log_evidence.mean()) < float(Exact().infer(model, x, lengths).log_evidence.mean())
 
 
 def test_in_stock_svi():

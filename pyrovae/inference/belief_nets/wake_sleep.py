@@ -40,7 +40,9 @@ class WakeSleep:
     Any Pyro program with a guide that computes q(z | x) from the data is learned so, at one run of each program in each
     phase. The program dreams by `poutine.uncondition`: its observed sites are drawn, and take the place of the arguments that
     they came from; other arguments (labels, lengths, masks) stay those of the minibatch, and a plate's N/B counts in both
-    phases. Parameters that model and guide share get both gradients.
+    phases. A site must observe an argument as it comes: a program that observes a changed copy is refused (so is a
+    :class:`pyrovae.models.HiddenMarkovModel` whose padding is NaN or −1, or whose data have another dtype: pad with zeros).
+    Parameters that model and guide share get both gradients.
 
     Args:
         guide: a Pyro guide with the model's arguments and parameters.
