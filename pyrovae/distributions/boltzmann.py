@@ -64,7 +64,7 @@ class BoltzmannMachine(Undirected):
         if chains is not None and b.dim() > 1:
             raise ValueError(f"expected biases [n] with chains, got {list(b.shape)}; chains serve one distribution")
         self.J, self.b = J, b
-        self._begin(b.shape[:-1], J.shape[0], J.shape[0], log_partition, chains, max_bits, validate_args)
+        self._begin(b.shape[:-1], J.shape[0], (J.shape[0], 1), log_partition, chains, max_bits, validate_args)
         if self._validate_args:
             _check_couplings(J)
 
@@ -187,7 +187,7 @@ class BoltzmannMarginal(Undirected):
     def __init__(self, machine: BoltzmannMachine, k: int, *, validate_args: bool | None = None) -> None:
         self.machine, self.J, self.b = machine, machine.J, machine.b
         units, check = machine.J.shape[0], machine._validate_args if validate_args is None else validate_args
-        self._begin(machine.batch_shape, machine._part(k), units, machine._given, machine.chains, machine.max_bits, check)
+        self._begin(machine.batch_shape, machine._part(k), (units, 1), machine._given, machine.chains, machine.max_bits, check)
 
     def free_energy(self, value: Tensor) -> Tensor:
         """F(v), `[...]` of `[..., k]`.

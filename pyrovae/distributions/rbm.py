@@ -37,7 +37,7 @@ class RBM(Undirected):
         c: hidden biases `[H]`.
         log_partition: log Z, a number or 0-d tensor, where it is known from elsewhere.
         chains: for the gradient of log Z and for draws, instead of enumeration.
-        max_bits: the largest min(D, H) that is enumerated.
+        max_bits: the largest min(D, H) that is enumerated, if that takes less than about two minutes; above 30, however long.
         validate_args: check parameters and values; None takes Pyro's setting.
 
     Raises:
@@ -78,7 +78,7 @@ class RBM(Undirected):
                 "for each visible unit"
             )
         self.W, self.b, self.c = W, b, c
-        self._begin(Size(), W.shape[0], min(W.shape), log_partition, chains, max_bits, validate_args)
+        self._begin(Size(), W.shape[0], (min(W.shape), max(W.shape)), log_partition, chains, max_bits, validate_args)
 
     def free_energy(self, value: Tensor) -> Tensor:
         """F(v) = −b·v − Σ_j softplus(c_j + (v W)_j), `[...]` of `[..., D]`."""

@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyrovae.distributions.chains import PersistentChains
+from pyrovae.ops import is_enumerable
 from pyrovae.ops.states import index_to_codes
 
 PartitionIs = Literal["exact", "given", "unknown"]
@@ -79,9 +80,17 @@ class Undirected(TorchDistribution):
         Raises:
             ValueError: without chains, if too many units would have to be enumerated.
         """
-        shape = self._extended_shape(Size(sample_shape))
+        return self._drawn(sample_shape, quiet=False)
+
+    def __call__(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
+        """A draw at a site of a program: as `sample`, without a warning where chains are fresh, as they are before learning."""
+        with torch.no_grad():
+            return self._drawn(sample_shape, quiet=True)
+
+    def _drawn(self, sample_shape: Any, *, quiet: bool) -> Tensor:
         if self.chains is not None:
-            return self._visible(self.chains.draw(self, math.prod(shape[:-1]))).reshape(shape)
+            shape = self._extended_shape(Size(sample_shape))
+            return self._visible(self.chains.draw(self, math.prod(shape[:-1]), quiet=quiet)).reshape(shape)
         return self._exact_sample(Size(sample_shape))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002
@@ -156,13 +165,16 @@ class Undirected(TorchDistribution):
         self,
         batch_shape: Size,
         units: int,
-        bits: int,
+        enumerated: tuple[int, int],
         log_partition: Any,
         chains: PersistentChains | None,
         max_bits: int,
         validate_args: bool | None,  # noqa: FBT001
     ) -> None:
-        """The part of construction that comes after the parameters are set and their shapes checked."""
+        """The part of construction that comes after the parameters are set and their shapes checked.
+
+        `enumerated` are the bits to enumerate for log Z, and the units to sum out for each of their states.
+        """
         super().__init__(batch_shape, Size([units]), validate_args=False)
         if validate_args is not None:
             self._validate_args = validate_args
@@ -179,7 +191,7 @@ class Undirected(TorchDistribution):
         if chains is not None and not isinstance(chains, PersistentChains):
             raise ValueError(f"expected chains=PersistentChains(num_chains, num_sweeps), got {type(chains).__name__}")
         self._given, self.chains, self.max_bits = log_partition, chains, max_bits
-        exact = chains is None and bits <= max_bits
+        exact = chains is None and is_enumerable(*enumerated, self._like.dtype, max_bits=max_bits)
         self.partition_is = "given" if log_partition is not None else "exact" if exact else "unknown"
 
     def _check_finite(self) -> None:

@@ -4,7 +4,7 @@ from pyrovae.ops.block_gibbs import boltzmann_sweep, colour_blocks, rbm_hidden, 
 from pyrovae.ops.boltzmann import boltzmann_log_partition, boltzmann_moments, sample_boltzmann
 from pyrovae.ops.code_regression import fit_code_regression
 from pyrovae.ops.linear_code import LinearCodes, linear_code_logsumexp, linear_code_max
-from pyrovae.ops.partition import check_enumerable, rbm_log_partition, rbm_moments, sample_rbm, softplus_sums
+from pyrovae.ops.partition import check_enumerable, is_enumerable, rbm_log_partition, rbm_moments, sample_rbm, softplus_sums
 from pyrovae.ops.rng import isolated_rng
 from pyrovae.ops.states import codes_to_index, index_to_codes
 from pyrovae.ops.structures import Chain, FactorialCode, SigmoidLayers
@@ -24,6 +24,7 @@ __all__ = [
     "effective_sample_size",
     "fit_code_regression",
     "index_to_codes",
+    "is_enumerable",
     "isolated_rng",
     "linear_code_logsumexp",
     "linear_code_max",

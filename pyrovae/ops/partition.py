@@ -18,6 +18,7 @@ from pyrovae.ops.once import only_once
 from pyrovae.ops.split_half import Block, Gradient, SplitHalf
 
 MAX_BITS = 30
+MAX_SECONDS = 120  # of an enumeration with the default `max_bits`
 _AIS = "an estimate with an interval, pyrovae.inference.AIS,"
 
 
@@ -154,15 +155,23 @@ def softplus_sums(
     return _SoftplusSums.apply(weight, bias, dtype or weight.dtype, max_bytes)
 
 
+def is_enumerable(bits: int, units: int, dtype: torch.dtype, *, max_bits: int = MAX_BITS) -> bool:
+    """Whether :func:`check_enumerable` lets an enumeration pass."""
+    return bits <= max_bits and (max_bits > MAX_BITS or _seconds(bits, units, dtype) <= MAX_SECONDS)
+
+
 def check_enumerable(bits: int, units: int, dtype: torch.dtype, instead: str, *, max_bits: int = MAX_BITS) -> None:
     """Refuse an enumeration of 2^bits codes that would not end in time, before it starts.
+
+    Too many are more than `max_bits` bits, or what takes longer than about two minutes on two CPU cores (784 units: 30 bits in
+    float64, not in float32). A `max_bits` above 30 insists: it lifts the limit of time.
 
     Args:
         bits: binary units that are enumerated.
         units: units summed out in closed form for every code.
         dtype: of the weights.
         instead: the method to use instead, named in the message.
-        max_bits: the most bits allowed.
+        max_bits: the most bits allowed; more than 30 allow any time, too.
 
     Raises:
         ValueError: with the seconds it would take, on two CPU cores, and the bytes of a table of all codes.
@@ -172,14 +181,22 @@ def check_enumerable(bits: int, units: int, dtype: torch.dtype, instead: str, *,
         Traceback (most recent call last):
         ValueError: expected at most 30 bits to enumerate, got 45: 2^45 codes with 784 units each would take about 2.0e+06 seconds, and a table of them 1.4e+14 bytes; use AIS instead, or raise max_bits
     """  # noqa: E501
-    if bits > max_bits:
-        double = dtype == torch.float64
-        seconds = 2.0**bits * (1e-8 + units * (1.5e-10 if double else 6e-11))
-        size = 2.0**bits * (8 if double else 4)
+    if not is_enumerable(bits, units, dtype, max_bits=max_bits):
+        seconds, size = _seconds(bits, units, dtype), 2.0**bits * dtype.itemsize
+        cost = f"2^{bits} codes with {units} units each would take about {seconds:.1e} seconds, and a table of them {size:.1e} bytes"
+        if bits > max_bits:
+            raise ValueError(
+                f"expected at most {max_bits} bits to enumerate, got {bits}: {cost}; use {instead} instead, or raise max_bits"
+            )
         raise ValueError(
-            f"expected at most {max_bits} bits to enumerate, got {bits}: 2^{bits} codes with {units} units each would take "
-            f"about {seconds:.1e} seconds, and a table of them {size:.1e} bytes; use {instead} instead, or raise max_bits"
+            f"expected an enumeration of at most {MAX_SECONDS} seconds, got {bits} bits: {cost}; use {instead} instead, or "
+            f"insist by max_bits={MAX_BITS + 1}"
         )
+
+
+def _seconds(bits: int, units: int, dtype: torch.dtype) -> float:
+    """What an enumeration takes on two CPU cores, about."""
+    return 2.0**bits * (1e-8 + units * (1.5e-10 if dtype == torch.float64 else 6e-11))
 
 
 class _Side:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from stats import frequencies_agree
 
-from pyrovae.ops import check_enumerable, rbm_log_partition, rbm_moments, sample_rbm, softplus_sums
+from pyrovae.distributions import RBM
+from pyrovae.ops import check_enumerable, is_enumerable, rbm_log_partition, rbm_moments, sample_rbm, softplus_sums
 from pyrovae.ops.partition import _Side
 from pyrovae.ops.states import codes_to_index, index_to_codes
 
@@ -174,3 +175,21 @@ def test_refusals():
             with pytest.raises(ValueError, match="expected finite"):
                 rbm_log_partition(*parameters)
     check_enumerable(30, 784, torch.float32, "AIS")
+
+
+def test_minutes_are_refused_unless_insisted_on():
+    weight = torch.zeros(784, 30, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"at most 120 seconds, got 30 bits: .*1\.4e\+02 seconds.*8\.6e\+09 bytes; use .*AIS.*=31"
+    ):
+        rbm_log_partition(weight, weight[:, 0], weight[0])
+    with pytest.raises(ValueError, match="at most 120 seconds"):
+        check_enumerable(30, 10_000, torch.float32, "AIS", max_bits=30)
+    check_enumerable(30, 784, torch.float64, "AIS", max_bits=31)
+    assert is_enumerable(30, 784, torch.float64, max_bits=31)
+    assert not is_enumerable(30, 784, torch.float64)
+    assert not is_enumerable(32, 1, torch.float64, max_bits=31)
+    wide = RBM(weight, weight[:, 0], weight[0])
+    assert (wide.partition_is, RBM(weight, weight[:, 0], weight[0], max_bits=31).partition_is) == ("unknown", "exact")
+    with pytest.raises(ValueError, match=r"120 seconds.*chains=PersistentChains.*AIS"):
+        wide.log_prob(weight[:, 0])
