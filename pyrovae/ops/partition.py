@@ -183,7 +183,8 @@ def check_enumerable(bits: int, units: int, dtype: torch.dtype, instead: str, *,
     """  # noqa: E501
     if not is_enumerable(bits, units, dtype, max_bits=max_bits):
         seconds, size = _seconds(bits, units, dtype), 2.0**bits * dtype.itemsize
-        cost = f"2^{bits} codes with {units} units each would take about {seconds:.1e} seconds, and a table of them {size:.1e} bytes"
+        table = f"a table of them {size:.1e} bytes"
+        cost = f"2^{bits} codes with {units} units each would take about {seconds:.1e} seconds, and {table}"
         if bits > max_bits:
             raise ValueError(
                 f"expected at most {max_bits} bits to enumerate, got {bits}: {cost}; use {instead} instead, or raise max_bits"
