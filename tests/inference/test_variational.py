@@ -110,7 +110,9 @@ def test_exact_likelihood_learns():
     assert math.isclose(fit.history[-1]["bound"], float(Exact().infer(net, x).log_evidence.mean()), rel_tol=1e-12)
     assert fit.history[-1]["validation"] == fit.history[-1]["bound"]
     assert fit.history[-1]["stderr"] == 0
-    assert fit.model_evaluations == 60 * 60 * 8 + 2 * 21 * 60 * 8  # the steps, and the records on both data sets
+    evaluations = 2**3 + 60 * (2**1 + 2**2)  # the codes of 3 units, and rows x those of either half of the units
+    assert fit.model_evaluations == (60 + 2 * 21) * evaluations  # the steps, and the records on both data sets
+    assert evaluations == ExactLikelihood().model_evaluations(net, x) < 60 * 8
 
 
 def test_baseline_of_the_objective_is_trained():

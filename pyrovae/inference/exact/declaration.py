@@ -92,29 +92,31 @@ class _Rows:
     def agree(self) -> bool:
         """Whether program and declaration give the same log joint, up to rounding."""
         with isolated_rng(0):
-            first = self._program()
-            states = {latent.name: first[latent.name].value for latent in self.structure.latents}
+            if isinstance(self.record, Chain):  # random paths might be impossible
+                first = draw_sites(self.model, self.args, self.kwargs, {})
+                states = {latent.name: first[latent.name].value for latent in self.structure.latents}
+            else:
+                states = self._random_bits()
+                first = run_sites(self.model, self.args, self.kwargs, states, {})
             theirs, absolute = self._log_joint(first)
             ours, size = _log_joint(self.record, states, self.args[0])
             if not absolute:
-                second = self._program()
-                states = {latent.name: second[latent.name].value for latent in self.structure.latents}
+                states = {name: 1 - value for name, value in states.items()}
+                second = run_sites(self.model, self.args, self.kwargs, states, {})
                 other, other_size = _log_joint(self.record, states, self.args[0])
                 theirs, ours, size = theirs - self._log_joint(second)[0], ours - other, size + other_size
         tolerance = torch.finfo(_dtype(self.record)).eps ** 0.5 * (1 + size)
         return not bool(((theirs - ours).abs() > tolerance).any())  # what is no number is told elsewhere
 
-    def _program(self) -> dict[str, Site]:
-        """A run at random states: of bits any, all ones in the first row, of a chain one that is possible."""
-        if isinstance(self.record, Chain):
-            return draw_sites(self.model, self.args, self.kwargs, {})
-        values = {}
+    def _random_bits(self) -> dict[str, Tensor]:
+        """A state of every site, all ones in the first of several rows."""
+        states = {}
         for latent in self.structure.latents:
-            codes = torch.randint(latent.cardinality, (len(self.args[0]), latent.components), device=latent.device)
-            if len(codes) > 1:
-                codes[0] = latent.cardinality - 1
-            values[latent.name] = latent.decode(codes)
-        return run_sites(self.model, self.args, self.kwargs, values, {})
+            bits = torch.randint(2, (len(self.args[0]), latent.components), device=latent.device)
+            if len(bits) > 1:
+                bits[0] = 1
+            states[latent.name] = bits.to(latent.dtype).reshape(bits.shape[:1] + latent.event_shape)
+        return states
 
     def _log_joint(self, sites: Mapping[str, Site]) -> tuple[Tensor, bool]:
         """Log p(x, z) `[B]` of a run; False with it where log Z, or what does not depend on z, is left out."""

@@ -144,7 +144,7 @@ class Optimization:
         self._check_met()
         if self.optimizer is None:
             self.make_optimizer(used.trace)
-        self.evaluations += batch.rows * self._evaluations_a_row(batch.args, batch.kwargs)
+        self.evaluations += round(batch.rows * self._evaluations_a_row(batch.args, batch.kwargs))
         model_leaves = self.leaves["model"]
         if self.penalty and model_leaves:
             loss += self.penalty / 2 * float(squared_norm(model_leaves).detach())
@@ -311,13 +311,13 @@ class Optimization:
         owned = [own_params(program, self.met) for program in pair]
         return owned[0], owned[1] if len(owned) == 2 else None
 
-    def _evaluations_a_row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def _evaluations_a_row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         if not hasattr(self, "_cost"):
             if isinstance(self.elbo, ExactLikelihood):
                 rows = self.method.batch_size or self.rows
-                self._cost = self.elbo.model_evaluations(self.model, *args, **kwargs) // rows
+                self._cost = self.elbo.model_evaluations(self.model, *args, **kwargs) / rows
             else:
-                self._cost = int(getattr(self.elbo, "num_particles", 1))
+                self._cost = float(getattr(self.elbo, "num_particles", 1))
         return self._cost
 
     def _check_met(self) -> None:
