@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class PersistentChains(nn.Module):
 
     Attributes:
         states: `[num_chains, units]`, in {0, 1}.
+        advanced: whether learning has ever moved them, or put them somewhere: else draws are those of a few sweeps from coins.
         held: while True, the chains stay where they are.
 
     Raises:
@@ -33,6 +35,7 @@ class PersistentChains(nn.Module):
     """
 
     states: Tensor
+    advanced: Tensor
 
     def __init__(self, num_chains: int = 100, num_sweeps: int = 1, *, units: int | None = None) -> None:
         super().__init__()
@@ -41,6 +44,7 @@ class PersistentChains(nn.Module):
                 raise ValueError(f"expected an integer {name} >= 1, got {number!r}")
         self.num_chains, self.num_sweeps, self.held = num_chains, num_sweeps, False
         self.register_buffer("states", torch.empty(0) if units is None else _coins(num_chains, units, torch.empty(0)))
+        self.register_buffer("advanced", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
     def advance(self, distribution: Any) -> Tensor:
@@ -49,15 +53,35 @@ class PersistentChains(nn.Module):
         if self.held:
             return states
         distribution.sweep(states, self.num_sweeps)
-        if self.states.shape == states.shape and self.states.dtype == states.dtype:
-            self.states.copy_(states)
-        else:
-            self.states = states.clone()
+        self.put(states)
         return states
 
     @torch.no_grad()
-    def draw(self, distribution: Any, n: int) -> Tensor:
-        """`n` states `[n, units]` from copies of the chains, moved on by `num_sweeps`; the chains stay."""
+    def put(self, states: Tensor) -> None:
+        """Go on from copies of these states `[num_chains, units]`, such as those of learning."""
+        if self.states.shape == states.shape and self.states.dtype == states.dtype:
+            self.states.copy_(states)
+        else:
+            self.states = states.detach().clone()
+        self.advanced.fill_(1)
+
+    def warn_if_fresh(self, stacklevel: int = 2) -> None:
+        """Say so where the chains are still near fair coins: nothing is drawn from the distribution then."""
+        if not bool(self.advanced):
+            warnings.warn(
+                f"the persistent chains were never advanced: draws are {self.num_sweeps} sweeps from fair coins, not from the "
+                "distribution; learn first, or draw with ParallelTempering(...).sample",
+                stacklevel=stacklevel + 1,
+            )
+
+    @torch.no_grad()
+    def draw(self, distribution: Any, n: int, *, quiet: bool = False) -> Tensor:
+        """`n` states `[n, units]` from copies of the chains, moved on by `num_sweeps`; the chains stay.
+
+        Warns where the chains were never advanced, unless `quiet`.
+        """
+        if not quiet:
+            self.warn_if_fresh(stacklevel=5)
         states = self._states(distribution)
         order = torch.randperm(self.num_chains, device=states.device)
         draws = states[order.repeat(-(-n // self.num_chains))[:n]]
@@ -67,6 +91,7 @@ class PersistentChains(nn.Module):
     def reset(self) -> None:
         """Start anew from fair coins."""
         self.states = _coins(self.num_chains, self.states.shape[-1], self.states) if self.states.numel() else self.states
+        self.advanced.zero_()
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
@@ -87,6 +112,7 @@ class PersistentChains(nn.Module):
         saved = state_dict.get(prefix + "states")
         if not self.states.numel() and isinstance(saved, Tensor):
             self.states = torch.empty_like(saved, device=self.states.device)
+        state_dict.setdefault(prefix + "advanced", torch.ones((), dtype=torch.bool))  # saved before it was kept
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -165,6 +165,8 @@ class DeepBeliefNet(Module):
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         """`n` draws `[n, visible]`: exact, or from copies of the persistent chains where log Z is not."""
+        if self.chains is not None:
+            self.chains.warn_if_fresh(stacklevel=3)
         with pyro.poutine.block():
             return own_params(self)(batch_size=n)
 

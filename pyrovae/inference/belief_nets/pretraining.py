@@ -16,6 +16,8 @@ from pyrovae.handlers import Module, declared
 from pyrovae.inference.belief_nets.stacked import Stack, ascend, rbm_of
 from pyrovae.inference.fit import Fit, root_module, snapshot, versions
 from pyrovae.inference.posterior import Program
+from pyrovae.inference.undirected.energy import energy_of
+from pyrovae.inference.undirected.settle import settle
 from pyrovae.ops import SigmoidLayers
 
 
@@ -123,6 +125,7 @@ class GreedyPretraining:
                 if layer == len(sizes) - 2:
                     for target, value in zip((*_top(record), record.top_bias), (weight, c, b), strict=True):
                         target.copy_(value)
+                    run.leave_chains(model, x)
                     break
                 record.weights[layer].copy_(weight.T)
                 record.biases[layer].copy_(b)
@@ -178,6 +181,17 @@ class _Run:
         if not self.exact or (len(self.stacks) > 1 and self.history[-1]["validation"] is None):
             self._record(layer, start, replace=self.exact)
         return rbm.W, rbm.b, rbm.c
+
+    def leave_chains(self, model: Program, x: Tensor) -> None:
+        """Start the chains that the net draws from at its top layer given the data, and sweep."""
+        top = energy_of(model, x)
+        if top.chains is not None:
+            rows = self.rows
+            if self.exact:
+                for rbm in self.stacks[0].rbms[:-1]:
+                    p = (rbm.c + rows @ rbm.W).sigmoid()
+                    rows = (torch.rand_like(p) < p).to(rows)
+            settle(top, rows)
 
     def _place(self, tensors: tuple[Tensor, ...]) -> RBM:
         rbm = rbm_of(*(t.detach().to(self.dtype) for t in tensors))

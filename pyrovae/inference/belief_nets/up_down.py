@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from pyrovae.inference.belief_nets.wake_sleep import TwoPhases, learn, learner
+import pyro
+import torch
+
+from pyrovae.handlers import own_params
+from pyrovae.handlers.rewrite import innermost
+from pyrovae.inference.belief_nets.wake_sleep import TwoPhases, learn, learner, undirected_latents
 from pyrovae.inference.draws import DrawsPosterior
-from pyrovae.inference.fit import Fit
+from pyrovae.inference.fit import Fit, root_module, snapshot
 from pyrovae.inference.posterior import Program
+from pyrovae.inference.undirected.settle import settle
+from pyrovae.inference.variational.batches import check_device, on_device
 from pyrovae.inference.variational.schedules import Optimizer
 from pyrovae.inference.variational.variational import Variational
+from pyrovae.ops import isolated_rng
 
 
 class UpDown:
@@ -86,7 +95,25 @@ class UpDown:
         Raises:
             ValueError: without such a latent, and for what :meth:`pyrovae.inference.WakeSleep.fit` refuses.
         """
-        return learn(self._variational, model, args, kwargs, validation=validation, resume=resume)
+        fit = learn(self._variational, model, args, kwargs, validation=validation, resume=resume)
+        self._leave_chains(model, args, kwargs)
+        inner = root_module(model)
+        if inner is None:
+            return fit
+        return dataclasses.replace(fit, states={**fit.states, "model": snapshot(inner.state_dict())})
+
+    @torch.no_grad()
+    def _leave_chains(self, model: Program, args: Any, kwargs: Any) -> None:
+        """Start the persistent chains of the model's machine at its latents given data, and sweep."""
+        device = check_device(self._variational.device)
+        args, kwargs = on_device(args, device), on_device(kwargs, device)
+        args = self._variational._prepared(args)
+        with isolated_rng(), pyro.poutine.block():
+            drawn = pyro.poutine.trace(own_params(self.guide)).get_trace(*args, **kwargs)
+            trace = pyro.poutine.trace(pyro.poutine.replay(own_params(model), trace=drawn)).get_trace(*args, **kwargs)
+            for site in undirected_latents(trace).values():
+                distribution = innermost(site["fn"])
+                settle(distribution, site["value"].reshape(-1, site["value"].shape[-1]))
 
     def infer(self, model: Program, *args: Any, **kwargs: Any) -> DrawsPosterior:
         """Draws from the guide as it is, with their ELBO; see :meth:`pyrovae.inference.Variational.infer`."""

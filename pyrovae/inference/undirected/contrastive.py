@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -16,12 +14,12 @@ from tqdm.auto import trange
 from pyrovae.distributions.boltzmann import BoltzmannMachine
 from pyrovae.distributions.rbm import RBM
 from pyrovae.distributions.undirected import Undirected
-from pyrovae.inference.arviz import split_rhat
 from pyrovae.inference.fit import Fit, check_penalty, state_of, versions
 from pyrovae.inference.undirected.energy import data_energy
 from pyrovae.inference.undirected.free import all_free
 from pyrovae.inference.undirected.likelihood_gradient import BoltzmannGradient, RBMGradient
 from pyrovae.inference.undirected.negative_phase import NegativePhase, Persistent, Restarted, Tempered
+from pyrovae.inference.undirected.settle import leave, mixing, settle, state_of_chains
 from pyrovae.inference.undirected.tempering import Ladder, ParallelTempering, moves_of
 from pyrovae.inference.variational.batches import Batches
 from pyrovae.inference.variational.schedules import check_steps
@@ -55,6 +53,9 @@ class ContrastiveDivergence:
     `validation` are the exact mean log p(x) of `log_rows` rows; else None: no bound comes out of these methods, see
     :class:`pyrovae.inference.AIS`. `reconstruction` of an RBM is the mean squared error of 100 rows x against
     E[x | E[h | x]], which measures no likelihood.
+
+    **Draws.** A model beyond its `max_bits` draws from persistent chains of its own. A run leaves them the last states of the
+    negative phase; after CD-k they start at the data and take 200 sweeps, and a warning says where they have not mixed.
 
     Args:
         k: sweeps of the chains a step; with `ParallelTempering`, its rounds.
@@ -149,8 +150,8 @@ class ContrastiveDivergence:
     def fit(self, model: Any, x: Tensor, *, validation: Tensor | None = None) -> Fit:
         """Learn the model's parameters in place.
 
-        Warns where chains have not mixed at the end: by R-hat of their energies over 20 to 100 further sweeps (a twentieth of
-        those of the run), or, tempered, by exchanges and round trips.
+        Warns where chains have not mixed at the end: by R-hat of energies and of units over 20 to 100 more sweeps (a
+        twentieth of those of the run), or, tempered, by exchanges and round trips.
 
         Args:
             model: with a method `distribution()`, or a program whose data are drawn from an RBM or Boltzmann machine.
@@ -203,11 +204,11 @@ class _Run:
         self.gradient: RBMGradient | BoltzmannGradient
         mean = self.x.mean(0)
         self.free = all_free(model, distribution, self.leaves.values())
-        options = {"centered": method.centered and self.free, "decay": method.penalty / len(x) if self.free else 0.0}
+        centered, decay = method.centered and self.free, method.penalty / len(x) if self.free else 0.0
         if isinstance(distribution, RBM):
-            self.gradient = RBMGradient(mean, **options)
+            self.gradient = RBMGradient(mean, centered=centered, decay=decay)
         else:
-            self.gradient = BoltzmannGradient(mean, len(x), k=method.k, **options)
+            self.gradient = BoltzmannGradient(mean, len(x), k=method.k, centered=centered, decay=decay)
         self.negative = self._negative_phase(distribution, first)
         self.history: list[dict[str, Any]] = []
         self.evaluations = 0
@@ -353,24 +354,24 @@ class _Run:
         if isinstance(self.negative, Tempered):
             ladder = self.negative.ladder
             ladder.warn(stacklevel=6)
+            leave(distribution, state_of_chains(ladder.chains)[ladder.row[0]])
             rates = ladder.swap_rates
             return {"swap_rate": float(rates[~rates.isnan()].min()), "round_trips": ladder.round_trips}
+        if self.negative is None and distribution.chains is not None:
+            leave(distribution, distribution._exact_sample(torch.Size([distribution.chains.num_chains])))
+        if isinstance(self.negative, Restarted):
+            settle(distribution, self._prepared(self.x) if self.method.preprocess else self.x)
         if not isinstance(self.negative, Persistent):
             return {}
-        chains, energies = self.negative.chains, []
-        sweeps = min(100, max(20, self.num_steps * self.method.k // 20))
-        for _ in range(sweeps):
-            chains.sweep(distribution)
-            energies.append(chains.energy(distribution))
-        rhat = float(split_rhat(torch.stack(energies, 1).double()))
-        if rhat > _RHAT:
-            warnings.warn(
-                f"the persistent chains have not mixed: R-hat of their energies over {sweeps} sweeps at the last parameters "
-                f"is {rhat:.2f}, above {_RHAT}; the gradient was that of where they were, not of the model; use a falling "
-                "learning rate, a larger k, or negative=ParallelTempering(...)",
-                stacklevel=5,
-            )
-        return {"rhat": rhat if math.isfinite(rhat) else None}
+        found = mixing(self.negative.chains, distribution, min(100, max(20, self.num_steps * self.method.k // 20)))
+        leave(distribution, state_of_chains(self.negative.chains))
+        found.warn(
+            "the persistent chains",
+            "the gradient was that of where they were, not of the model; use a falling learning rate, a larger k, or "
+            "negative=ParallelTempering(...)",
+            stacklevel=5,
+        )
+        return {"rhat": found.rhat}
 
     def _bits(self, distribution: Undirected) -> int:
         """Units to enumerate for log Z."""
@@ -412,5 +413,4 @@ def _check_bits(x: Tensor) -> None:
         raise ValueError(f"expected x in {{0, 1}}, got {got}; scale to [0, 1] and pass preprocess=pyrovae.data.binarize")
 
 
-_RHAT = 1.1
 _RECONSTRUCTED = 100  # rows, so that records stay cheap

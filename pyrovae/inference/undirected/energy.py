@@ -50,8 +50,8 @@ def data_energy(target: Any, x: Any) -> Undirected:
     distribution, latent = _found(target, (x,), {})
     if latent is not None:
         raise ValueError(
-            f"expected a program whose data are drawn from the {type(distribution).__name__}, got the latent {latent!r}, a prior; "
-            "learn such a program by Variational, WakeSleep or UpDown"
+            f"expected a program whose data are drawn from the {type(distribution).__name__}, got the latent {latent!r}, a "
+            "prior; learn such a program by Variational, WakeSleep or UpDown"
         )
     return distribution
 

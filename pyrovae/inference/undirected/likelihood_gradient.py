@@ -30,7 +30,7 @@ class RBMGradient:
     Args:
         mean: of the training data `[D]`, which is μ.
         centered: subtract μ, and λ, the running mean of the hidden units given data.
-        decay: the precision of a Gaussian prior on W, b and c, over the number of data: decay · θ is added to the plain gradient.
+        decay: the precision of a Gaussian prior on W, b and c, over the number of data: what times θ the plain gradient gets.
     """
 
     def __init__(self, mean: Tensor, *, centered: bool, decay: float = 0.0) -> None:

@@ -89,9 +89,7 @@ class ParallelTempering:
             not isinstance(base_bias, Tensor) or base_bias.dim() != 1 or not bool(torch.isfinite(base_bias).all())
         ):
             got = f"shape {list(base_bias.shape)}" if isinstance(base_bias, Tensor) else type(base_bias).__name__
-            nan = (
-                "" if not isinstance(base_bias, Tensor) else f" with {int((~torch.isfinite(base_bias)).sum())} infinite or NaN"
-            )
+            nan = "" if not isinstance(base_bias, Tensor) else f", {int((~torch.isfinite(base_bias)).sum())} infinite or NaN"
             raise ValueError(
                 f"expected a finite base_bias [D], a number for each of the first units, got {got}{nan}; of a mean of 0 or 1 "
                 "take the logit of a smoothed one, (sum + 1) / (N + 2)"
