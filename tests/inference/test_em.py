@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from pyrovae.guides import LocalMeanField
 from pyrovae.inference import EM, Exact, ExactLikelihood, Gibbs, Importance, MeanField, Variational
 from pyrovae.inference.em import maximise
-from pyrovae.models import toy
+from pyrovae.models import BernoulliMixture, HiddenMarkovModel, toy
 
 
 def learnable(scale=0.3, hidden=3):
@@ -242,7 +242,8 @@ def test_restored_if_q_fell():
     assert abs(float(theta.detach()) - 3) < 1e-6
     maximise(lambda: -((theta - 3) ** 2), {"theta": theta}, 2.0, 10, 1)
     assert abs(float(theta.detach()) - 1.5) < 1e-6
-    maximise(lambda: theta * math.nan, {"theta": theta}, 0.0, 3, 1)
+    with pytest.warns(UserWarning, match="Q that is not finite"):
+        maximise(lambda: theta * math.nan, {"theta": theta}, 0.0, 3, 1)
     assert abs(float(theta.detach()) - 1.5) < 1e-6
 
 
@@ -269,3 +270,67 @@ def test_nothing_to_learn_and_numbers_out_of_range():
     for arguments in ({"num_iterations": 0}, {"m_steps": 0}, {"penalty": -1.0}, {"penalty": math.nan}):
         with pytest.raises(ValueError, match="expected"):
             EM(**arguments)
+
+
+@pytest.mark.parametrize("name", ["weights", "components.logits", "transition"])
+def test_frozen_parameters_stay(name):
+    """The model's own M-step writes them all, so it is left aside."""
+    torch.manual_seed(0)
+    model, x = BernoulliMixture(4, 3), torch.bernoulli(torch.full((20, 4), 0.5))
+    if name == "transition":
+        model, x = HiddenMarkovModel(2, 3), torch.randint(3, (6, 5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    frozen = dict(model.named_parameters())[name].requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    fit = EM(num_iterations=4).fit(model, x)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(before) - {name}
+    assert not frozen.requires_grad
+    losses = [record["loss"] for record in fit.history]
+    assert losses[-1] < losses[0]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_validation_takes_no_rows_of_the_training_data():
+    model, x, lengths = HiddenMarkovModel(2, 3), torch.randint(3, (4, 5)), torch.tensor([5, 2, 3, 4])
+    other, other_lengths = torch.randint(3, (4, 5)), torch.tensor([1, 5, 5, 2])
+    for method in (EM(num_iterations=1), Variational(None, ExactLikelihood(), num_steps=1)):
+        for validation in (other, (other,)):
+            with pytest.raises(ValueError, match=r"got lengths with an entry for each of the 4 rows.*lengths_validation"):
+                method.fit(model, x, lengths=lengths, validation=validation)
+        fit = method.fit(model, x, lengths, validation=(other, other_lengths))
+        expected = float(Exact().infer(model, other, other_lengths).log_evidence.mean())
+        assert math.isclose(fit.history[-1]["validation"], expected, rel_tol=1e-6)
+        fit = method.fit(model, x, lengths=lengths, validation=x)  # the same rows
+        assert math.isclose(fit.history[-1]["validation"], fit.history[-1]["bound"], rel_tol=1e-6)
+
+
+def test_minibatches_are_refused():
+    net, x = learnable()
+    with pytest.raises(ValueError, match=r"expected all rows for EM, got 40 of 400 in plate 'data'.*Variational"):
+        EM().fit(net, x, index=torch.arange(40), num_data=400)
+    EM(num_iterations=1).fit(net, x, index=torch.arange(40), num_data=40)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, None])
+def test_put_back_if_q_cannot_be_told(error):
+    """As where a step of the line search leaves the program's range."""
+    theta = nn.Parameter(torch.tensor(1.0))
+
+    def q():
+        if float(theta.detach()) != 1 and error is not None:
+            raise error("out of range")
+        return -(theta**2) if float(theta.detach()) == 1 else theta * math.nan
+
+    with pytest.warns(UserWarning, match="put back"):
+        maximise(q, {"theta": theta}, 0.0, 3, 1)
+    assert float(theta.detach()) == 1
+
+    def broken():
+        raise ValueError("at the start")
+
+    with pytest.raises(ValueError, match="at the start"):
+        maximise(broken, {"theta": theta}, 0.0, 3, 1)
+    assert float(theta.detach()) == 1
