@@ -24,8 +24,8 @@ class Mixing:
     Attributes:
         sweeps: how many.
         energy: split R-hat of the chains' energies; nan where these never changed.
-        units: the largest split R-hat of a unit, which sees modes of equal energy; inf where a unit never changed within
-            chains but differs between them, nan where no unit varied.
+        units: the largest split R-hat of a unit, which sees modes of equal energy; where a unit only differs between
+            chains, as if it had changed once; nan where no unit varied.
         moved: whether any unit changed in any chain.
     """
 
@@ -69,7 +69,9 @@ def mixing(chains: RBMChains | BoltzmannChains, distribution: Undirected, sweeps
     length = sweeps // 2
     p = (sums.double() / length).flatten(0, 1)  # means of half chains
     within = (p * (1 - p)).mean(0) * length / (length - 1)
-    ratio = (length - 1) / length + p.var(0) / within  # 0/0 where a unit never varies
+    least = 1 / (length * len(p))  # one change in one half chain, so that chains that stand apart get a finite number
+    ratio = (length - 1) / length + p.var(0) / within.clamp_min(least)
+    ratio[p.var(0) == 0] = math.nan  # a unit that never varies
     largest = float(ratio[~ratio.isnan()].max().sqrt()) if bool((~ratio.isnan()).any()) else math.nan
     return Mixing(sweeps, float(split_rhat(torch.stack(energies, 1).double())), largest, moved)
 
