@@ -13,7 +13,7 @@ help:
 	@echo "VENV=path puts the environment elsewhere, PYTHON=python3.12 chooses the interpreter"
 
 demo: $(VENV)/.installed
-	@echo "== the main job: one belief net, every kind of inference (about a minute; report in $(OUT)/)"
+	@echo "== the main job: one belief net, every kind of inference (about two minutes; report in $(OUT)/)"
 	$(BIN)/pyrovae compare --output $(OUT)
 
 test: $(VENV)/.installed-test lint

@@ -103,7 +103,7 @@ def compare_command(
     Inference: exact, Gibbs, mean field, Saul-Jaakkola-Jordan, local VI, AIS, amortised VI, importance, where they apply.
 
     Computed in float64 on one thread. With no options: a sigmoid belief net with 8 hidden units learns 1437
-    scans of digits; about a minute.
+    scans of digits; about two minutes.
 
     For example:
 

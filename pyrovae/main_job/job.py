@@ -52,7 +52,7 @@ class MainJob:
 def run(settings: Settings, progress: Progress | None = None) -> MainJob:
     """Learn with every method, then put every inference method to the model that exact learning found.
 
-    Numbers are float64 where torch's default dtype is (the command line sets it). About a minute on 2 cores at the
+    Numbers are float64 where torch's default dtype is (the command line sets it). About two minutes at the
     default settings.
 
     Args:
