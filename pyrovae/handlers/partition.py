@@ -46,11 +46,13 @@ def with_log_partition(program: Callable[..., Any], log_partition: float | Tenso
         A program with the same arguments.
 
     Example:
+        >>> import torch
         >>> from pyrovae.inference import AIS, Variational
         >>> from pyrovae.guides import AmortizedStructured
         >>> from pyrovae.models import DeepBeliefNet
         >>> net = DeepBeliefNet(5, [4, 3], max_bits=2)  # a small one that is not enumerated
-        >>> x, log_z = net.sample(6), AIS(num_chains=50, num_temperatures=100).log_partition(net).log_z
+        >>> x = (torch.rand(6, 5) < 0.5).to(net.top_bias)
+        >>> log_z = AIS(num_chains=50, num_temperatures=100).log_partition(net).log_z
         >>> posterior = Variational(AmortizedStructured(net)).infer(with_log_partition(net, log_z), x)
         >>> tuple(posterior.log_evidence.shape)
         (6,)

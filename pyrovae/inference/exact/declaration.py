@@ -105,7 +105,9 @@ class _Rows:
                 second = run_sites(self.model, self.args, self.kwargs, states, {})
                 other, other_size = _log_joint(self.record, states, self.args[0])
                 theirs, ours, size = theirs - self._log_joint(second)[0], ours - other, size + other_size
-        tolerance = torch.finfo(_dtype(self.record)).eps ** 0.5 * (1 + size)
+        floating = [a.dtype for a in self.args if isinstance(a, Tensor) and a.is_floating_point()]
+        coarsest = max(torch.finfo(dtype).eps for dtype in (_dtype(self.record), *floating))
+        tolerance = coarsest**0.5 * (1 + size)
         return not bool(((theirs - ours).abs() > tolerance).any())  # what is no number is told elsewhere
 
     def _random_bits(self) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from pyrovae.distributions.undirected import Undirected
 from pyrovae.inference.arviz import split_rhat
 from pyrovae.inference.undirected.block_chains import BoltzmannChains, RBMChains, chains_of
 
-RHAT = 1.1
+RHAT = 1.1  # of energies
+UNIT_RHAT = 2**0.5  # of the worst unit: chains differ by as much as each varies over the sweeps
 SETTLE = 200  # sweeps from data, for chains that no learning has moved
 
 
@@ -44,10 +45,10 @@ class Mixing:
         """Say so where chains stand still or apart."""
         if not self.moved:
             warnings.warn(f"{what} did not move at all in {self.sweeps} sweeps; {instead}", stacklevel=stacklevel + 1)
-        elif max((r for r in (self.energy, self.units) if not math.isnan(r)), default=1.0) > RHAT:
+        elif self.energy > RHAT or self.units > UNIT_RHAT:  # nan is not
             warnings.warn(
                 f"{what} have not mixed: R-hat over {self.sweeps} sweeps at the last parameters is {self.energy:.2f} of their "
-                f"energies and up to {self.units:.2f} of a unit, above {RHAT}; {instead}",
+                f"energies and up to {self.units:.2f} of a unit, above {RHAT} or {UNIT_RHAT:.2f}; {instead}",
                 stacklevel=stacklevel + 1,
             )
 
