@@ -157,6 +157,7 @@ def inference_errors(comparison: Comparison, *, dark: bool = False) -> Figure | 
         positive = [value for value in values if value is not None and value > 1e-9]
         floor = 10 ** (math.floor(math.log10(min(positive, default=1e-3))) - 0.7)
         panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter("")  # within one decade the labels between would overlap
         panel.set_xlim(floor, 2.5 * max(positive, default=1.0))
         for y, (row, value) in enumerate(zip(rows, values, strict=True)):
             if value is None:
