@@ -175,10 +175,10 @@ def _wake_sleep(task: Task, guide: MakeGuide = AmortizedMeanField) -> WakeSleep:
 
 
 class _InTurn:
-    """Learning methods one after another, as one."""
+    """Two learning methods one after the other, as one."""
 
-    def __init__(self, *methods: Any) -> None:
-        self.first, self.then = methods
+    def __init__(self, first: Any, then: Any) -> None:
+        self.first, self.then = first, then
         self.guide = self.then.guide  # which both learn
 
     def fit(self, model: Any, *args: Any) -> Fit:

@@ -10,7 +10,7 @@ import torch
 
 from pyrovae.handlers import own_params
 from pyrovae.handlers.rewrite import innermost
-from pyrovae.inference.belief_nets.wake_sleep import TwoPhases, learn, learner, undirected_latents
+from pyrovae.inference.belief_nets.wake_sleep import TwoPhases, learner, undirected_latents
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.fit import Fit, root_module, snapshot
 from pyrovae.inference.posterior import Program
@@ -95,7 +95,7 @@ class UpDown:
         Raises:
             ValueError: without such a latent, and for what :meth:`pyrovae.inference.WakeSleep.fit` refuses.
         """
-        fit = learn(self._variational, model, args, kwargs, validation=validation, resume=resume)
+        fit = self._variational.fit(model, *args, validation=validation, resume=resume, **kwargs)
         self._leave_chains(model, args, kwargs)
         inner = root_module(model)
         if inner is None:

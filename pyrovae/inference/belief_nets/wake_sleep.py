@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pyro
@@ -15,11 +14,10 @@ from torch import Tensor
 
 from pyrovae.distributions.undirected import Undirected
 from pyrovae.handlers.rewrite import innermost
-from pyrovae.handlers.structure import is_subsample, read_structure
+from pyrovae.handlers.structure import is_subsample
 from pyrovae.inference.draws import DrawsPosterior
-from pyrovae.inference.fit import Fit, root_module
+from pyrovae.inference.fit import Fit
 from pyrovae.inference.posterior import Program
-from pyrovae.inference.variational.batches import check_device, on_device
 from pyrovae.inference.variational.schedules import Optimizer
 from pyrovae.inference.variational.variational import Variational
 from pyrovae.ops import isolated_rng
@@ -106,7 +104,7 @@ class WakeSleep:
                 cannot know the model's draws), a model whose prior or observations cannot be drawn, and what
                 :meth:`pyrovae.inference.Variational.fit` refuses.
         """
-        return learn(self._variational, model, args, kwargs, validation=validation, resume=resume)
+        return self._variational.fit(model, *args, validation=validation, resume=resume, **kwargs)
 
     def infer(self, model: Program, *args: Any, **kwargs: Any) -> DrawsPosterior:
         """Draws from the guide as it is, with their ELBO; see :meth:`pyrovae.inference.Variational.infer`."""
@@ -211,29 +209,6 @@ def learner(method: str, guide: Program, elbo: TwoPhases, options: dict[str, Any
     if guide is None:
         raise ValueError(f"expected a guide for {method}, got None; pass AmortizedMeanField(model) or a guide of your own")
     return Variational(guide, elbo, **options)
-
-
-def learn(
-    variational: Variational, model: Program, args: Any, kwargs: Any, *, validation: Any = None, resume: bool = False
-) -> Fit:
-    """Run the loop; where log Z is unknown, nothing is called a bound."""
-    device = check_device(variational.device)
-    if device is not None:
-        for module in (root_module(model), root_module(variational.guide)):
-            if module is not None:
-                module.to(device)
-        args, kwargs = on_device(args, device), on_device(kwargs, device)
-    unnormalized = read_structure(model, variational._prepared(args), kwargs).unnormalized
-    if unnormalized and variational.patience is not None:
-        raise ValueError(
-            f"expected no patience where log Z is unknown, as at {unnormalized[0]!r}, got {variational.patience}: no bound "
-            "tells when to stop; leave it out"
-        )
-    fit = variational.fit(model, *args, validation=validation, resume=resume, **kwargs)
-    if not unnormalized:
-        return fit
-    blank = {"bound": None, "stderr": None, "validation": None}
-    return dataclasses.replace(fit, history=tuple({**record, **blank} for record in fit.history), best_step=None)
 
 
 def dream(
