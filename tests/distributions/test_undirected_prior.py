@@ -200,7 +200,8 @@ def test_unknown_log_partition_is_told():
     assert fit.best_step is None
     assert fit.history[-1]["loss"] is not None
     refused = pytest.raises(ValueError, match="expected no patience where log Z is unknown, as at 'z', got 2")
-    with refused, warnings.catch_warnings(action="ignore"):
+    with refused, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         Variational(guide, num_steps=2, patience=2).fit(model, x, validation=x)
     before = model.chains.states.clone()
     evaluation = evaluate(model, guide, x, num_particles=20)
