@@ -1,0 +1,148 @@
+"""A run of tensor code, recorded once as a flat graph of aten operations: forward, backward and random draws alike.
+
+The programs run as they are, under all their handlers; what is recorded are the operations that torch is asked for. Existing
+tensors (parameters, buffers, 0-d schedules) enter by reference, so that a replay sees their present contents.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyrovae.inference.capture.journal import undone
+from pyrovae.inference.capture.quiet import CannotCapture, place, quiet
+
+_DYNAMIC = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+_SAME = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A recorded run.
+
+    Attributes:
+        module: `forward(*inputs, *constants)` gives a tuple of tensors and Nones; it has no attributes of its own.
+        num_inputs: how many inputs there are.
+        constants: the existing tensors that it reads.
+        state: existing tensors that a run changes in place, such as BatchNorm's statistics or persistent chains.
+        read: tensors whose value became a Python number in the recorded run, with their version then.
+    """
+
+    module: fx.GraphModule = field(repr=False)
+    num_inputs: int
+    constants: tuple[Tensor, ...] = field(repr=False)
+    state: tuple[Tensor, ...] = field(repr=False)
+    read: tuple[tuple[Tensor, int], ...] = field(default=(), repr=False)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Replay, with inputs of the recorded shapes; draws come from torch's generator as in an eager run."""
+        with torch.no_grad():
+            return self.module.forward(*inputs, *self.constants)
+
+    def first(self, count: int) -> Graph:
+        """The graph of the first `count` outputs alone."""
+        graph = fx.Graph()
+        outputs = graph.graph_copy(self.module.graph, {})
+        assert isinstance(outputs, (tuple, list))
+        graph.output(tuple(outputs[:count]))
+        return _pruned(graph, self.num_inputs, self.constants, self.state, self.read)
+
+    @property
+    def num_nodes(self) -> int:
+        """Operations of a run."""
+        return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+
+def capture(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor]) -> Graph:
+    """Record a run of a function of tensors; afterwards nothing has moved, random states included.
+
+    Cost: one run, and about a millisecond an operation.
+
+    Args:
+        function: of the inputs; returns tensors and Nones.
+        inputs: example inputs.
+
+    Raises:
+        CannotCapture: where the run takes Python numbers or shapes from values that it computes, or fails.
+    """
+    with undone() as journal, quiet() as mode:
+        try:
+            module = make_fx(lambda *tensors: tuple(function(*tensors)))(*inputs)
+        except CannotCapture:
+            raise
+        except Exception as error:
+            what = str(error).splitlines()[0] if str(error) else ""
+            if "value out of a tracing tensor" in what:
+                what = "an operation reads the value of a tensor that the run computes"
+            raise CannotCapture(
+                f"expected a program that can be recorded, got {type(error).__name__} at {place(error.__traceback__)}: {what}; "
+                "run it eagerly"
+            ) from error
+        _check_static(module)
+        graph, constants = _lifted(module)
+        state = tuple(tensor for tensor in (*constants, *inputs) if journal.has(tensor))
+    return _pruned(graph, len(inputs), constants, state, tuple(mode.read.values()))
+
+
+def _check_static(module: fx.GraphModule) -> None:
+    """Refuse operations whose shapes, or Python results, depend on values."""
+    for node in module.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if any(tag in tags for tag in _DYNAMIC) and node.target is not torch.ops.aten.index.Tensor:
+            raise CannotCapture(
+                f"expected shapes that do not depend on values, got the operation {node.target}, whose result's do; write the "
+                "program with masks and torch.where, or run it eagerly"
+            )
+
+
+def _lifted(module: fx.GraphModule) -> tuple[fx.Graph, tuple[Tensor, ...]]:
+    """The graph with what it reads by attribute as further inputs."""
+    old, graph = module.graph, fx.Graph()
+    found: dict[int, tuple[Tensor, fx.Node]] = {}
+    copied: dict[fx.Node, fx.Node] = {}
+    placeholders = [node for node in old.nodes if node.op == "placeholder"]
+    for k, node in enumerate(placeholders):
+        copied[node] = graph.placeholder(f"input_{k}")
+        copied[node].meta = dict(node.meta)
+    for node in old.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor: Any = operator.attrgetter(node.target)(module)
+        if id(tensor) not in found:
+            found[id(tensor)] = (tensor, graph.placeholder(f"constant_{len(found)}"))
+            found[id(tensor)][1].meta = dict(node.meta)
+        copied[node] = found[id(tensor)][1]
+    for node in old.nodes:
+        if node in copied:
+            continue
+        if node.op == "output":
+            graph.output(fx.map_arg(node.args[0], lambda n: copied[n]))
+        elif node.target in _SAME:
+            copied[node] = copied[node.args[0]]
+        else:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    return graph, tuple(tensor for tensor, _ in found.values())
+
+
+def _pruned(
+    graph: fx.Graph,
+    num_inputs: int,
+    constants: tuple[Tensor, ...],
+    state: tuple[Tensor, ...],
+    read: tuple[tuple[Tensor, int], ...],
+) -> Graph:
+    """Without dead code and without constants that nothing reads."""
+    graph.eliminate_dead_code()
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"][num_inputs:]
+    kept = [tensor for tensor, node in zip(constants, placeholders, strict=True) if node.users]
+    for node in placeholders:
+        if not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    return Graph(fx.GraphModule({}, graph), num_inputs, tuple(kept), state, read)

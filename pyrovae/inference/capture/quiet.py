@@ -1,0 +1,125 @@
+"""What lets a run of the programs be recorded: no value of a tensor becomes a Python number."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import pyro
+import pyro.util
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import TorchFunctionMode
+
+_READS = {
+    getattr(Tensor, name): what
+    for name, what in {
+        "item": "item()",
+        "__bool__": "bool(), as `if` takes it",
+        "__float__": "float()",
+        "__int__": "int()",
+        "__index__": "int()",
+        "__complex__": "complex()",
+        "__format__": "format()",
+        "__contains__": "in",
+        "tolist": "tolist()",
+        "numpy": "numpy()",
+        "__array__": "numpy()",
+    }.items()
+}
+_OUTSIDE = tuple(str(Path(module.__file__).parent) for module in (torch, pyro) if module.__file__)
+
+
+class CannotCapture(RuntimeError):
+    """A program that cannot be recorded once and replayed; the message says what it does, where, and what to do."""
+
+
+class Quiet(TorchFunctionMode):
+    """Answers or refuses what would read a tensor's value while a run is recorded.
+
+    `item()` of a float, by which objectives report their loss, gives the 0-d tensor itself, detached and in float64, as a
+    Python float would be. Any other reading of a value that the run has computed is refused; one of a tensor that was there
+    before is answered, and remembered in `read` with the tensor's version.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[int, tuple[Tensor, int]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Answer, refuse, or let through."""
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
+        if func is Tensor.item and args[0].is_floating_point():
+            return args[0].detach().double()
+        if func in _READS:
+            self._check(args[0], f"takes {_READS[func]} of a tensor that the run computes")
+        elif func is Tensor.__getitem__:
+            for mask in args[1] if isinstance(args[1], tuple) else (args[1],):
+                if isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.uint8):
+                    self._check(mask, "indexes by a mask that the run computes, so that shapes depend on values")
+        return func(*args, **(kwargs or {}))
+
+    def _check(self, tensor: Tensor, what: str) -> None:
+        if is_computed(tensor):
+            raise CannotCapture(
+                f"expected a program whose course does not depend on values, got one that {what} ({place()}); write it with "
+                "tensor operations such as torch.where, or run it eagerly"
+            )
+        self.read.setdefault(id(tensor), (tensor, tensor._version))
+
+
+@contextmanager
+def quiet() -> Iterator[Quiet]:
+    """A block in which Pyro validates nothing, warns of no NaN, and :class:`Quiet` answers."""
+    isnan = pyro.util.torch_isnan
+    pyro.util.torch_isnan = lambda _: False  # type: ignore[assignment]
+    try:
+        with pyro.validation_enabled(is_validate=False), Quiet() as mode:
+            yield mode
+    finally:
+        pyro.util.torch_isnan = isnan
+
+
+def is_computed(tensor: Tensor) -> bool:
+    """Whether the run that is being recorded computes a tensor from others, so that its value may be another next time."""
+    mode = get_proxy_mode()
+    if mode is None or tensor not in mode.tracer.tensor_tracker:
+        return False
+    return mode.tracer.tensor_tracker[tensor].constant is None
+
+
+def place(traceback: TracebackType | None = None) -> str:
+    """The innermost line that is neither torch's nor Pyro's: of the present stack, or of an error's."""
+    frames: list[tuple[str, int, str]] = []
+    if traceback is None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            frame = frame.f_back
+    else:
+        step: TracebackType | None = traceback
+        while step is not None:
+            frames.insert(0, (step.tb_frame.f_code.co_filename, step.tb_lineno, step.tb_frame.f_code.co_name))
+            step = step.tb_next
+    own = str(Path(__file__).parent)
+    for file, line, name in frames:
+        if not file.startswith((*_OUTSIDE, own, "<")):
+            return f"{Path(file).name}, line {line}, in {name}"
+    return "in Pyro's own code"
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """Torch's, without the check of its range, which reads values."""
+    if num_classes < 0:
+        raise CannotCapture(
+            f"expected one_hot with num_classes, got one that counts the classes by value ({place()}); pass num_classes"
+        )
+    return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).to(torch.int64)
