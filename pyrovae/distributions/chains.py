@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class PersistentChains(nn.Module):
         https://doi.org/10.1145/1390156.1390290
     """
 
+    capturable: ClassVar[bool] = True
     states: Tensor
     advanced: Tensor
 

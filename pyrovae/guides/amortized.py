@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro import poutine
@@ -163,6 +163,8 @@ class AmortizedMeanField(MeanField):
 
 class _Perceptron(nn.Module):
     """One tanh layer on flattened data; outputs by site, for every row of plates inside the batch."""
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, pilot: Pilot, data: Tensor) -> None:
         super().__init__()

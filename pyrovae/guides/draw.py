@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.guides.pilot import innermost_program
-from pyrovae.handlers import Module
+from pyrovae.handlers import Module, declares_capturable
 from pyrovae.handlers.anneal import ScaleLatents
 from pyrovae.ops.attention import RAW, attention_window
 from pyrovae.ops.lstm import lstm_step
@@ -64,6 +64,11 @@ class DRAWGuide(Module):
         self._model = (model,)  # in a tuple: an attribute would make the model a submodule of its guide
         count = None if program.attention is None else program.attention[0]
         self.encoder = Encoder(program.visible, program.latent, program.hidden, hidden, count).to(program.decoder.canvas)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the model declares so; see :func:`pyrovae.handlers.declares_capturable`."""
+        return declares_capturable(self._model[0])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -126,6 +131,8 @@ class EncoderState:
 
 class Encoder(nn.Module):
     """The encoder's LSTM, its read operation and the head of q; the first state is learned."""
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, visible: int, latent: int, decoder: int, hidden: int, count: int | None) -> None:
         super().__init__()

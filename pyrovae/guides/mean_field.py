@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyrovae.guides.factor import width
 from pyrovae.guides.pilot import Pilot, positional
 from pyrovae.guides.walk import walk
-from pyrovae.handlers import Module
+from pyrovae.handlers import Module, declares_capturable
 from pyrovae.handlers.structure import Latent
 
 
@@ -23,6 +23,12 @@ class MeanField(Module):
         self._model = (model,)  # in a tuple: an attribute would make the model a submodule of its guide
         self._pilot = pilot
         self.free = nn.ParameterDict()
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the model, and encoders that are functions, declare so; see :func:`pyrovae.handlers.declares_capturable`."""
+        functions = [vars(self).get("encoder"), *vars(self).get("_functions", {}).values()]
+        return all(declares_capturable(program) for program in (*self._model, *functions) if program is not None)
 
     def forward(self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the latents of one call.

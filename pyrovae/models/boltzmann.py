@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -52,6 +52,8 @@ class RestrictedBoltzmannMachine(Module):
         Information processing in dynamical systems: Foundations of harmony theory (Smolensky, 1986)
         https://apps.dtic.mil/sti/citations/ADA620727
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, visible: int, hidden: int, *, num_chains: int = 100, num_sweeps: int = 1, max_bits: int = 16) -> None:
         super().__init__()
@@ -173,6 +175,8 @@ class BoltzmannMachine(Module):
         A Learning Algorithm for Boltzmann Machines (Ackley, Hinton, Sejnowski, 1985)
         https://doi.org/10.1207/s15516709cog0901_7
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(
         self, visible: int, hidden: int = 0, *, num_chains: int = 100, num_sweeps: int = 1, max_bits: int = 16

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 class Components(nn.Module, ABC):
     """K distributions of one observation. `event_dim` is 0 for a symbol, 1 for a vector of `width` numbers."""
 
+    capturable: ClassVar[bool] = True
     event_dim: int
     width: int
 

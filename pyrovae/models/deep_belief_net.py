@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -60,6 +60,8 @@ class DeepBeliefNet(Module):
         A Fast Learning Algorithm for Deep Belief Nets (Hinton, Osindero, Teh, 2006)
         https://doi.org/10.1162/neco.2006.18.7.1527
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(
         self, visible: int, hidden: Sequence[int], *, num_chains: int = 100, num_sweeps: int = 1, max_bits: int = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -60,6 +60,7 @@ class DRAW(Module):
         https://arxiv.org/abs/1502.04623
     """
 
+    capturable: ClassVar[bool] = True
     beta: Tensor
 
     def __init__(
@@ -191,6 +192,8 @@ class DRAWState(NamedTuple):
 
 class Decoder(nn.Module):
     """The decoder's LSTM and its write operation; the first state is learned."""
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, visible: int, latent: int, hidden: int, count: int | None) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -68,6 +68,8 @@ class HiddenMarkovModel(Module):
         A Tutorial on Hidden Markov Models and Selected Applications in Speech Recognition (Rabiner, 1989)
         https://doi.org/10.1109/5.18626
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -23,6 +23,7 @@ class Likelihood(nn.Module):
         normalized: whether exp(log_prob) sums, or integrates, to 1 over the images.
     """
 
+    capturable: ClassVar[bool] = True
     per_pixel = 1
     normalized = True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +24,8 @@ class Mixture(Module):
         weights: logits of π, `[K]`.
         components: p(x | z = k).
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, components: int, parts: Components, *, concentration: float, **config: Any) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ def perceptron(sizes: Sequence[int], activation: Activation = nn.ReLU) -> nn.Seq
 class Centre(nn.Module):
     """Takes the mean image away, so that an encoder's first layer sees inputs around zero; the mean is not learned."""
 
+    capturable: ClassVar[bool] = True
     mean: Tensor
 
     def __init__(self, mean: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -34,6 +34,7 @@ class VAE(Module):
         likelihood: the distribution of the pixels given the outputs.
     """
 
+    capturable: ClassVar[bool] = True
     beta: Tensor
     centre: Tensor
 

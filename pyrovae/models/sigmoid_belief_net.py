@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -39,6 +40,8 @@ class SigmoidBeliefNet(Module):
         Connectionist learning of belief networks (Neal, 1992)
         https://doi.org/10.1016/0004-3702(92)90065-6
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, visible: int, hidden: int | Sequence[int]) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -40,6 +42,8 @@ class Mixture(Module):
         Pattern Recognition and Machine Learning, section 9.3.3 (Bishop, 2006)
         https://www.microsoft.com/en-us/research/people/cmbishop/prml-book/
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, visible: int, components: int) -> None:
         super().__init__()
@@ -94,6 +98,8 @@ class LinearGaussian(Module):
         Probabilistic principal component analysis (Tipping and Bishop, 1999)
         https://doi.org/10.1111/1467-9868.00196
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, visible: int = 3, latent: int = 2, *, scale: float = 0.5) -> None:
         super().__init__()
