@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae.handlers.structure import Structure, read_structure
+from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.posterior import Program
 from pyrovae.inference.rows import row_keys, take
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Arguments of one step, the factor that makes its loss that of all data, and its number of rows."""
+    """Arguments of one step, and its number of rows."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    factor: float
     rows: int
 
 
@@ -65,19 +64,24 @@ class Batches:
         """Steps of an epoch."""
         return 1 if self.size is None else self.rows // self.size
 
+    @property
+    def factor(self) -> float:
+        """What makes the loss of a minibatch that of all data."""
+        return 1.0 if self.size is None or self.indexed else self.rows / self.size
+
     def draw(self) -> Batch:
         """The next minibatch."""
         size = self.size
         if size is None:
-            return Batch(self.prepare(self.args), self.kwargs, 1.0, self.rows)
+            return Batch(self.prepare(self.args), self.kwargs, self.rows)
         if self.order is None or self.start + size > self.rows:
             self.order, self.start = torch.randperm(self.rows, device=self.args[0].device), 0
         index = self.order[self.start : self.start + size]
         self.start += size
         args, kwargs = take(self.args, self.kwargs, index, self.keys)
         if self.indexed:
-            return Batch(self.prepare(args), kwargs | {"index": index, "num_data": self.rows}, 1.0, size)
-        return Batch(self.prepare(args), kwargs, self.rows / size, size)
+            return Batch(self.prepare(args), kwargs | {"index": index, "num_data": self.rows}, size)
+        return Batch(self.prepare(args), kwargs, size)
 
     def state_dict(self) -> dict[str, Any]:
         """The order of this epoch and the place in it."""
@@ -114,21 +118,6 @@ def take_index(
     except TypeError:
         return False  # `**kwargs` that it hands on to what takes neither
     return any(plate.full_size == num_data and plate.size == len(index) for plate in plates)
-
-
-def check_scalable(structure: Structure) -> None:
-    """Refuse minibatches, without `index`, of a program with a latent outside all plates.
-
-    Raises:
-        ValueError: with the latent.
-    """
-    outside = [latent.name for latent in structure.latents if not latent.plates]
-    if outside:
-        raise ValueError(
-            f"expected a program that takes index and num_data for minibatches with the latent {outside[0]!r} outside "
-            "all plates, got one that takes neither: its loss times N/B would count that latent N/B times; open the "
-            "plate as pyro.plate(name, num_data, subsample=index)"
-        )
 
 
 def on_device(value: Any, device: torch.device | None) -> Any:

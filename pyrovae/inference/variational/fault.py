@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -18,35 +20,52 @@ from pyrovae.ops import isolated_rng
 
 if TYPE_CHECKING:
     from pyrovae.inference.variational.batches import Batch
+    from pyrovae.inference.variational.guard import Fault
     from pyrovae.inference.variational.optimization import Optimization
 
 
-def found_fault(run: Optimization, batch: Batch, before: Mapping[str, Tensor], what: str) -> FloatingPointError:
-    """An error with the first parameter or site that is not finite, where one is found.
+@dataclass(frozen=True)
+class Moment:
+    """A step, its minibatch, and the states of the generators before it (None for those of now)."""
+
+    step: int
+    batch: Batch
+    states: Mapping[str, Tensor] | None
+
+
+def check_fault(run: Optimization, fault: Fault) -> None:
+    """Refuse a step whose loss or gradients are not finite; a norm that overflows alone is none.
 
     Args:
-        run: an optimisation, at a step that failed.
-        batch: its minibatch.
-        before: the states of the generators before it.
-        what: what was expected, and what came.
+        run: an optimisation; parameters are those of the step that failed, draws and rows where they are known.
+        fault: what failed, and when.
+
+    Raises:
+        FloatingPointError: with the first parameter or site that is not finite, where one is found.
     """
-    fault = _named_fault(run, batch, before)
-    return FloatingPointError(f"{what}{f': {fault}' if fault else ''}; {_REMEDY}")
+    step = run.moment.step - fault.ago
+    if not math.isfinite(fault.loss):
+        found = _named_fault(run, run.moment)
+        what = f"expected a finite loss, got {fault.loss} at step {step}"
+        raise FloatingPointError(f"{what}{f': {found}' if found else ''}; {_REMEDY}")
+    check_gradients(run.leaves, step)
+    if fault.ago:
+        raise FloatingPointError(f"expected finite gradients, got others at step {step}, with a finite loss; {_REMEDY}")
 
 
 @contextlib.contextmanager
-def explained(run: Optimization, batch: Batch, before: Mapping[str, Tensor], step: int) -> Iterator[None]:
+def explained(run: Optimization, moment: Moment) -> Iterator[None]:
     """Tell numbers that are no longer finite, which Pyro's validation finds first, from other errors of the programs."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
         if not any(words in str(error) for words in ("invalid values", "inf`, `nan`", "within the support")):
             raise
-        fault = _named_fault(run, batch, before)
+        fault = _named_fault(run, moment)
         if fault is None:
-            read_structure(run.model, batch.args, batch.kwargs)  # says what to do about data outside the support
+            read_structure(run.model, moment.batch.args, moment.batch.kwargs)  # says what to do about data outside the support
             raise
-        raise FloatingPointError(f"expected finite numbers, got others at step {step}: {fault}; {_REMEDY}") from error
+        raise FloatingPointError(f"expected finite numbers, got others at step {moment.step}: {fault}; {_REMEDY}") from error
 
 
 def check_gradients(leaves: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
@@ -68,12 +87,13 @@ def check_gradients(leaves: Mapping[str, Mapping[str, Tensor]], step: int) -> No
 _REMEDY = "nothing has moved, lower the learning rate, clip gradients with clip_norm, or raise the temperature"
 
 
-def _named_fault(run: Optimization, batch: Batch, before: Mapping[str, Tensor]) -> str | None:
+def _named_fault(run: Optimization, moment: Moment) -> str | None:
     for group, leaves in run.leaves.items():
         for name, leaf in leaves.items():
             if (found := not_finite(leaf.detach())) is not None:
                 return f"the parameter {name!r} of the {group} is {found}"
-    return first_fault(run.elbo, run.programs, batch.args, batch.kwargs, before, run.device)
+    states = generators(run.device) if moment.states is None else moment.states
+    return first_fault(run.elbo, run.programs, moment.batch.args, moment.batch.kwargs, states, run.device)
 
 
 def generators(device: torch.device) -> dict[str, Tensor]:

@@ -7,11 +7,12 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from pyrovae.handlers.structure import read_structure
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
@@ -20,6 +21,7 @@ from pyrovae.inference.posterior import Program
 from pyrovae.inference.variational import checkpoint as files
 from pyrovae.inference.variational.batches import check_device, on_device, take_index
 from pyrovae.inference.variational.optimization import Optimization
+from pyrovae.inference.variational.progress import Bar, in_floats
 from pyrovae.inference.variational.saved import FIXED, Saved, settings
 from pyrovae.inference.variational.true_bound import TrueBound
 
@@ -96,25 +98,25 @@ class Training:
 
     def __call__(self) -> Fit:
         """Train."""
-        method, run, losses = self.method, self.run, list[float]()
+        method, run, losses = self.method, self.run, list[Tensor]()
         stopped = "num_steps"
         self._write_log()
-        bar = tqdm(total=self.num_steps, initial=self.step, desc="Variational", disable=not method.progress)
+        bar = Bar(self.num_steps, self.step, shown=method.progress)
         with run, bar:
             while True:
                 if self._due():
-                    self._record(losses)
+                    run.check()
+                    self._record(in_floats(losses))
                     losses = []
                 if self._tired():
                     stopped = "patience"
                     break
                 if self.step >= self.num_steps:
                     break
-                losses.append(run.step(self.step))
+                loss = run.step(self.step)
+                losses.append(loss)
                 self.step += 1
-                if method.progress:
-                    bar.set_postfix(self._shown(losses[-1]), refresh=False)
-                    bar.update()
+                bar.tell(self.step, partial(self._shown, loss))
         if run.average is not None:
             run.average.swap()
         if method.patience is not None and self.best is not None and self.best_step != self.step:
@@ -302,9 +304,9 @@ class Training:
         programs = (self.model,) if self.method.guide is None else (self.model, self.method.guide)
         return take_index(programs, run.first, kwargs, torch.arange(run.rows, device=run.device), run.rows)
 
-    def _shown(self, loss: float) -> dict[str, Any]:
+    def _shown(self, loss: Tensor) -> dict[str, Any]:
         last = self.history[-1]
-        shown = {"epoch": f"{self.step / self.run.batches.per_epoch:.1f}", "loss": f"{loss:.4g}"}
+        shown = {"epoch": f"{self.step / self.run.batches.per_epoch:.1f}", "loss": f"{float(loss):.4g}"}
         name = "bound" if self.validation is None else "validation"
         return shown | ({name: f"{last[name]:.4f}"} if self.bounded else {})
 

@@ -14,7 +14,6 @@ import pyro.infer
 import pyro.optim
 import torch
 from torch import Tensor
-from tqdm.auto import trange
 
 from pyrovae.handlers.energy import warn_of_energies
 from pyrovae.handlers.structure import frozen_leaves, read_structure
@@ -25,6 +24,7 @@ from pyrovae.inference.log_joint import LogJoint
 from pyrovae.inference.posterior import Bound, Program, States
 from pyrovae.inference.variational.batches import check_device, on_device
 from pyrovae.inference.variational.optimization import Optimization
+from pyrovae.inference.variational.progress import Bar, in_floats
 from pyrovae.inference.variational.schedules import Optimizer, Schedule, check_steps
 from pyrovae.inference.variational.training import Training
 from pyrovae.inference.weighing import draw, weigh
@@ -247,10 +247,10 @@ class Variational:
                 if module is not None:
                     module.to(device)
             args, kwargs = on_device(args, device), on_device(kwargs, device)
-        losses, evaluations = [], 0
+        losses, evaluations = list[float](), 0
         if self.num_guide_steps:
             with Optimization(self, model, args, kwargs, learn_model=False) as run:
-                losses = [run.step(step) for step in trange(self.num_guide_steps, desc="guide", disable=not self.progress)]
+                losses = self._guide_steps(run)
             evaluations = run.evaluations
         log_joint = LogJoint(model, self._prepared(args), kwargs)
         warn_of_energies(model, args, kwargs, log_joint.structure, learn=False)
@@ -268,6 +268,15 @@ class Variational:
             values={s.name: states[s.name] for s in latents if not s.finite},
             guide=_FrozenGuide(self.guide, log_joint),
         )
+
+    def _guide_steps(self, run: Optimization) -> list[float]:
+        losses = []
+        with Bar(self.num_guide_steps, what="guide", shown=self.progress) as bar:
+            for step in range(self.num_guide_steps):
+                losses.append(run.step(step))
+                bar.tell(step + 1)
+        run.check()
+        return in_floats(losses)
 
     @property
     def _bound(self) -> Bound:
