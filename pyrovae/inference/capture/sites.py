@@ -6,6 +6,7 @@ the user what has changed: a number that the program holds outside of any tensor
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,10 @@ class SiteRecorder(Messenger):
         fn = msg["fn"]
         held: dict[str, Any] = {}
         for label, thing, owner in _held(fn, "", set()):
-            held[f"{label} of the {owner}" if label in held else label] = thing
+            names = itertools.chain(
+                (label, f"{label} of the {owner}"), (f"{label} of the {owner} {k}" for k in itertools.count(2))
+            )
+            held[next(name for name in names if name not in held)] = thing
         held["log-probability scale"] = msg["scale"]
         held["log-probability mask"] = msg["mask"]
         held["value"] = msg["value"]
@@ -165,7 +169,8 @@ def _held(thing: Any, owner: str, seen: set[int]) -> Iterator[tuple[str, Any, st
     parts = getattr(thing, "__dict__", {})
     if isinstance(thing, _WRAPPERS):
         parts = {name: parts.get(name) for name in ("base_dist", "_mask")}
-    for name in sorted(parts, key=list(getattr(thing, "arg_constraints", ())).__contains__, reverse=True):
+    given = ("base_dist", *getattr(thing, "arg_constraints", ()))
+    for name in (*filter(parts.__contains__, given), *(name for name in parts if name not in given)):
         part, label = parts[name], name.strip("_").replace("_", " ")
         if isinstance(part, Distribution | Transform):
             yield from _held(part, owner if name == "base_dist" else label, seen)
@@ -258,7 +263,9 @@ def _kind(thing: Tensor | Entry) -> str:
 
 
 def _number(x: Tensor) -> str:
+    """The fewest digits that are this number in its dtype."""
     value = x.item()
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.9g}" if x.dtype != torch.float64 else repr(value)
+    texts = (f"{value:.{digits}g}" for digits in range(4, 18))
+    return next((text for text in texts if torch.tensor(float(text), dtype=x.dtype).item() == value), str(value))

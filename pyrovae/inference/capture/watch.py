@@ -114,7 +114,7 @@ class Watch:
         self._keys = [slot[1] for slot in self._slots]
         self._things = [slot[2] for slot in self._slots]
         held = {id(slot[2]): slot for slot in reversed(self._slots) if isinstance(slot[2], Tensor)}
-        parameters = [slot for slot in held.values() if slot[3].startswith("parameter")]
+        parameters = [slot for slot in reversed(held.values()) if slot[3].startswith("parameter")]
         self._parameters, self._words = [slot[2] for slot in parameters], [slot[3] for slot in parameters]
         self._natures = [_nature(p) for p in self._parameters]
         self.devices = {slot[2].device for slot in held.values() if not slot[3].startswith("attribute")}
