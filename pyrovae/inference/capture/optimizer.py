@@ -213,6 +213,10 @@ def check_optimizer(optim: Any) -> None:
         )
     elif not callable(optim):
         raise ValueError(f"expected a Pyro optimizer or a function from parameters to a torch one, got {kind}; {REMEDY}")
+    elif getattr(pyro.optim, name := getattr(optim, "__name__", ""), None) is optim:
+        raise ValueError(
+            f"expected an optimizer, got pyro.optim.{name} without its options; pass pyro.optim.{name}({{'lr': 1e-3}})"
+        )
     else:
         check_steps(optim.func if isinstance(optim, functools.partial) else optim)
 

@@ -85,7 +85,7 @@ class Group:
         in_graph: as of :class:`Together`.
     """
 
-    def __init__(self, kind: type[Owner], members: list[tuple[Owner, int]], *, in_graph: bool) -> None:
+    def __init__(self, kind: Any, members: list[tuple[Owner, int]], *, in_graph: bool) -> None:
         self.members = members
         groups = self._groups()
         self.seen = [dict(group) for group in groups]

@@ -1,0 +1,453 @@
+"""One optimizer for all parameters against Pyro's, which step parameter by parameter."""
+
+import copy
+import warnings
+from functools import partial
+
+import pyro
+import pyro.optim
+import pytest
+import torch
+from pyro.optim.multi import Newton
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyrovae.inference.capture.optimizer import OneOptimizer
+from pyrovae.inference.capture.together import FUSED, Together
+
+SHAPES = {"net$$$layer.weight": (3, 4), "net$$$layer.bias": (4, 1), "scale": (2, 2)}
+STEPS = 6
+OPTIMIZERS = [
+    name
+    for name in pyro.optim.__all__
+    if name in ("AdagradRMSProp", "ClippedAdam", "DCTAdam")
+    or (isinstance(getattr(torch.optim, name, None), type) and name not in ("Optimizer", "SparseAdam"))
+]
+OPTIONS = {"AdagradRMSProp": {"eta": 0.1}, "ClippedAdam": {"lr": 0.05, "lrd": 0.9}, "DCTAdam": {"lr": 0.05, "lrd": 0.9}}
+SCHEDULES = {
+    "LambdaLR": {"lr_lambda": lambda step: 0.5**step},
+    "MultiplicativeLR": {"lr_lambda": lambda step: 0.5},
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [1, 3]},
+    "ConstantLR": {"total_iters": 3},
+    "LinearLR": {"total_iters": 3},
+    "ExponentialLR": {"gamma": 0.7},
+    "PolynomialLR": {"total_iters": 2 * STEPS},
+    "CosineAnnealingLR": {"T_max": 2 * STEPS},
+    "CosineAnnealingWarmRestarts": {"T_0": 4},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 3},  # cycles the momentum too
+    "OneCycleLR": {"max_lr": 0.2, "total_steps": 2 * STEPS},  # likewise
+    "ReduceLROnPlateau": {"patience": 0, "factor": 0.3},
+}
+
+
+def parameters():
+    """Parameters in an empty store."""
+    pyro.clear_param_store()
+    generator = torch.Generator().manual_seed(1)
+    for name, shape in SHAPES.items():
+        pyro.param(name, torch.randn(shape, generator=generator))
+    return dict(pyro.get_param_store().named_parameters())
+
+
+def gradients(steps=STEPS, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(shape, generator=generator) for shape in SHAPES.values()] for _ in range(steps)]
+
+
+class Stock:
+    """What SVI does with gradients, by the same interface."""
+
+    def __init__(self, optim, leaves):
+        self.optim, self.leaves = optim, list(leaves.values())
+
+    def step(self, gradients):
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = None if gradient is None else gradient.clone()
+        self.optim(self.leaves)
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+def run(method, optim, given, after=lambda optim, step: None, leaves=None):
+    """Parameters after each step, stacked."""
+    leaves = parameters() if leaves is None else leaves
+    stepper, path = method(optim, leaves), []
+    for k, one in enumerate(given):
+        stepper.step([None if gradient is None else gradient.clone() for gradient in one])
+        after(optim, k)
+        path.append(torch.cat([leaf.detach().flatten() for leaf in leaves.values()]))
+    return torch.stack(path)
+
+
+def check(make, given=None, after=lambda optim, step: None, *, rounding=False):
+    """Both ways give one path, which moves at every step."""
+    given = gradients() if given is None else given
+    stock, one = run(Stock, make(), given, after), run(OneOptimizer, make(), given, after)
+    assert (stock.diff(dim=0).abs().amax(1) > 0).all()
+    torch.testing.assert_close(one, stock, rtol=1e-12 if rounding else 0, atol=1e-12 if rounding else 0)
+
+
+def is_fused(name):
+    return name in {kind.__name__ for kind in FUSED}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_of_pyro(name):
+    check(lambda: getattr(pyro.optim, name)(dict(OPTIONS.get(name, {"lr": 0.05}))), rounding=is_fused(name))
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
+def test_what_was_said_of_forms_is_kept(name):
+    check(lambda: getattr(pyro.optim, name)({"lr": 0.05, "foreach": False}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_without_gradients_stay(name):
+    given = gradients()
+    for k in (0, 1, 4):
+        given[k][0] = None
+    given[2][2] = None
+    options = {"lr": 0.05, "momentum": 0.9} if name == "SGD" else dict(OPTIONS.get(name, {"lr": 0.05}))
+    check(lambda: getattr(pyro.optim, name)(dict(options)), given, rounding=is_fused(name))
+
+
+def test_the_rate_that_a_step_lowers_is_the_owners():
+    optim = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.5})
+    run(OneOptimizer, optim, gradients(3))
+    assert [made.param_groups[0]["lr"] for made in optim.optim_objs.values()] == pytest.approx([0.1 / 8] * 3)
+
+
+def test_sparse_gradients():
+    given = [[gradient.to_sparse(1) for gradient in one] for one in gradients()]
+    check(lambda: pyro.optim.SparseAdam({"lr": 0.05}), given)
+    with pytest.raises(RuntimeError, match="dense"):
+        run(OneOptimizer, pyro.optim.SparseAdam({"lr": 0.05}), gradients(1))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("form", [{"foreach": False}, {}], ids=["plain", "fused"])
+def test_schedulers(name, form):
+    rates = []
+
+    def after(optim, step):
+        optim.step(*([float(step)] if name == "ReduceLROnPlateau" else []))
+        rates.append(next(iter(optim.optim_objs.values())).optimizer.param_groups[0]["lr"])
+
+    def make():
+        options = {"lr": 0.1, "momentum": 0.9, **form}
+        return getattr(pyro.optim, name)({"optimizer": torch.optim.SGD, "optim_args": options, **SCHEDULES[name]})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that a scheduler went before its optimizer
+        check(make, after=after, rounding=not form)
+    assert len(set(rates)) > 1
+
+
+def test_every_scheduler_of_pyro_is_tested():
+    impossible = {"LRScheduler", "SequentialLR", "ChainedScheduler", "_LRScheduler"}  # which Pyro cannot make
+    kinds = {name: getattr(torch.optim.lr_scheduler, name, None) for name in pyro.optim.__all__}
+    here = {
+        name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, (LRScheduler, ReduceLROnPlateau))
+    }
+    assert here - impossible == set(SCHEDULES)
+
+
+def test_schedulers_that_move_moments_of_adam():
+    def make():
+        options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "max_lr": 0.2, "total_steps": 2 * STEPS}
+        return pyro.optim.OneCycleLR(options)
+
+    check(make, after=lambda optim, step: optim.step(), rounding=True)
+
+
+@pytest.mark.parametrize(
+    "clip_args",
+    [
+        {"clip_norm": 0.5},
+        {"clip_value": 0.1},
+        {"clip_norm": 0.5, "clip_value": 0.1},
+        lambda module, name: {"clip_norm": 0.5} if name == "scale" else {},
+        lambda module, name: {"clip_value": 0.1 if module == "net" else 0.2},
+    ],
+)
+def test_clipping(clip_args):
+    given = gradients()
+    for one in given[::2]:
+        one[2] *= 1e-3  # too small to be clipped
+    check(lambda: pyro.optim.SGD({"lr": 0.1, "foreach": False}, clip_args), given)
+    free = run(OneOptimizer, pyro.optim.SGD({"lr": 0.1, "foreach": False}), given)
+    assert not torch.equal(free, run(OneOptimizer, pyro.optim.SGD({"lr": 0.1, "foreach": False}, clip_args), given))
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what would wait for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_clipping_waits_for_nothing():
+    optim = pyro.optim.SGD({"lr": 0.1}, {"clip_norm": 0.5, "clip_value": 0.1})
+    one = OneOptimizer(optim, parameters())
+    one.prepare()
+    given = gradients(1)[0]
+    with Syncs() as syncs:
+        one.step(given)
+    assert syncs.count == 0
+    with Syncs() as syncs:
+        float(given[0].norm())
+    assert syncs.count == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda name: {"lr": 0.3 if name == "net.layer.bias" else 0.05},
+        lambda module, name: {"lr": 0.3 if (module, name) == ("net", "layer.bias") else 0.05},
+    ],
+)
+def test_options_by_name(options):
+    check(lambda: pyro.optim.RMSprop(options))
+    one = OneOptimizer(pyro.optim.RMSprop(options), parameters())
+    one.prepare()
+    assert [len(group.members) for group in one._together[0].groups] == [2, 1]
+
+
+def test_names_of_parameters_that_are_not_in_the_store():
+    leaves = {name: torch.zeros(2, requires_grad=True) for name in ("fast", "slow")}
+    one = OneOptimizer(pyro.optim.SGD(lambda name: {"lr": 2.0 if name == "fast" else 1.0}), leaves)
+    one.step([torch.ones(2), torch.ones(2)])
+    assert [leaf.tolist() for leaf in leaves.values()] == [[-2.0, -2.0], [-1.0, -1.0]]
+    assert pyro.get_param_store().param_name(leaves["fast"]) is None
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "Adam", "SGD", "Adagrad", "AdagradRMSProp", "ClippedAdam"])
+@pytest.mark.parametrize("before", [Stock, OneOptimizer])
+@pytest.mark.parametrize("then", [Stock, OneOptimizer])
+def test_saved_and_loaded(name, before, then, tmp_path):
+    def make():
+        extra = {"momentum": 0.9} if name == "SGD" else {}
+        return getattr(pyro.optim, name)({**OPTIONS.get(name, {"lr": 0.05}), **extra})
+
+    given = gradients()
+    whole = run(Stock, make(), given)
+    first, leaves = make(), parameters()
+    run(before, first, given[:3], leaves=leaves)
+    first.save(tmp_path / "optim.pt")
+    second = make()
+    second.load(tmp_path / "optim.pt")
+    rest = run(then, second, given[3:], leaves=leaves)
+    torch.testing.assert_close(rest, whole[3:], rtol=1e-12, atol=1e-12)
+    without = run(then, make(), given[3:], leaves=leaves)
+    assert name == "AdagradRMSProp" or not torch.allclose(without, whole[3:])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stock_svi_goes_on_and_comes_back(name):
+    def make():
+        extra = {"momentum": 0.9} if name == "SGD" else {}
+        return getattr(pyro.optim, name)({**OPTIONS.get(name, {"lr": 0.05}), **extra})
+
+    given, leaves, optim = gradients(), parameters(), make()
+    one, stock = OneOptimizer(optim, leaves), Stock(optim, leaves)
+    path = []
+    for k, gradient in enumerate(given):
+        (stock if k in (0, 3, 4) else one).step([x.clone() for x in gradient])
+        path.append(torch.cat([leaf.detach().flatten() for leaf in leaves.values()]))
+    tolerance = 1e-12 if is_fused(name) else 0
+    torch.testing.assert_close(torch.stack(path), run(Stock, make(), given), rtol=tolerance, atol=tolerance)
+
+
+def test_state_set_while_running_waits_as_in_pyro():
+    def after(optim, step):
+        if step == 1:
+            kept.append(copy.deepcopy(optim.get_state()))
+        if step == 2:  # Pyro keeps it for parameters that it has not met
+            optim.set_state(copy.deepcopy(kept[-1]))
+        if step == 3:
+            optim.optim_objs.clear()
+
+    kept = []
+    check(lambda: pyro.optim.RMSprop({"lr": 0.05, "momentum": 0.9}), after=after)
+    plain = run(OneOptimizer, pyro.optim.RMSprop({"lr": 0.05, "momentum": 0.9}), gradients())
+    waited = run(OneOptimizer, pyro.optim.RMSprop({"lr": 0.05, "momentum": 0.9}), gradients(), after)
+    assert torch.equal(plain[:4], waited[:4])
+    assert not torch.equal(plain[4], waited[4])
+
+
+def test_state_loaded_into_an_owner_while_running():
+    def after(optim, step):
+        made = next(iter(optim.optim_objs.values()))
+        if step == 0:
+            kept.append(copy.deepcopy(made.state_dict()))
+        if step == 3:
+            made.load_state_dict(kept[-1])
+
+    kept = []
+    check(lambda: pyro.optim.Adam({"lr": 0.05}), after=after, rounding=True)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad", "RMSprop"])
+def test_a_torch_factory(name):
+    kind = getattr(torch.optim, name)
+    given, leaves = gradients(), parameters()
+    path = run(OneOptimizer, partial(kind, lr=0.05), given, leaves=leaves)
+    stock = run(Stock, getattr(pyro.optim, name)({"lr": 0.05}), given)
+    torch.testing.assert_close(path, stock, rtol=1e-12, atol=1e-12)
+
+
+def test_a_torch_factory_with_groups_a_scheduler_and_saved_state():
+    def factory(leaves):
+        return torch.optim.RMSprop([{"params": leaves[:1], "lr": 0.2}, {"params": leaves[1:]}], lr=0.05)
+
+    given, ours, theirs = gradients(), parameters(), parameters()
+    one, other = OneOptimizer(factory, ours), factory(list(theirs.values()))
+    schedules = [StepLR(optimizer, 2) for optimizer in (one.optimizer, other)]
+    for k, gradient in enumerate(given):
+        one.step(gradient)
+        for leaf, x in zip(theirs.values(), gradient, strict=True):
+            leaf.grad = x
+        other.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for schedule in schedules:
+                schedule.step()
+        if k == 2:
+            state = copy.deepcopy(one.optimizer.state_dict())
+            one = OneOptimizer(factory, ours)
+            schedules[0] = StepLR(one.optimizer, 2, last_epoch=-1)
+            one.optimizer.load_state_dict(state)
+            schedules[0].load_state_dict(schedules[1].state_dict())
+    for name, leaf in ours.items():
+        assert torch.equal(leaf, theirs[name]), name
+
+
+class Signed(torch.optim.SGD):
+    """A class of a user's, with memory outside of `state`."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        for group in self.param_groups:
+            for leaf in group["params"]:
+                leaf.data.sub_(leaf.grad.sign(), alpha=group["lr"] / self.calls)
+
+
+def test_classes_of_users_are_stepped_one_by_one():
+    check(lambda: pyro.optim.PyroOptim(Signed, {"lr": 0.1}))
+    stock = run(Stock, pyro.optim.PyroOptim(Signed, {"lr": 0.1}), gradients())
+    assert torch.equal(run(OneOptimizer, partial(Signed, lr=0.1), gradients()), stock)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+def test_gradients_of_other_strides(kind):
+    """The fused forms take both for the same order in memory, and say nothing."""
+    start, gradient = torch.randn(3, 4), torch.randn(4, 3).t()
+    paths = []
+    for form in ({}, {"foreach": False}):
+        leaf = start.clone().requires_grad_()
+        one = OneOptimizer(partial(kind, lr=0.1, **form), {"x": leaf})
+        one.step([gradient])
+        paths.append(leaf.detach())
+    torch.testing.assert_close(*paths, rtol=1e-12, atol=1e-12)
+    wrong = start.clone().requires_grad_()
+    wrong.grad = gradient
+    kind([wrong], lr=0.1, fused=True).step()
+    assert not torch.allclose(wrong, paths[0])
+
+
+def test_parameters_with_gaps_and_of_other_dtypes():
+    def leaves():
+        return {
+            "gaps": torch.ones(3, 4)[:, ::2].requires_grad_(),
+            "single": torch.ones(3, dtype=torch.float32, requires_grad=True),
+        }
+
+    paths = []
+    for form in ({}, {"foreach": False}):
+        these = leaves()
+        one = OneOptimizer(partial(torch.optim.Adam, lr=0.1, **form), these)
+        one.step([torch.arange(6.0).reshape(3, 2), torch.arange(3.0, dtype=torch.float32)])
+        paths.append([leaf.detach().double() for leaf in these.values()])
+    torch.testing.assert_close(*paths, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_are_gone_afterwards():
+    leaves = parameters()
+    one = OneOptimizer(pyro.optim.Adam({"lr": 0.1}), leaves)
+    one.step(gradients(1)[0])
+    assert all(leaf.grad is None for leaf in leaves.values())
+    with pytest.raises(ValueError, match="zip"):
+        one.step(gradients(1)[0][:2])
+
+
+def test_ready_for_a_recorded_graph():
+    optim = pyro.optim.Adam({"lr": 0.1})
+    one, given = OneOptimizer(optim, parameters()), gradients(1)[0]
+    assert not one.prepare()
+    one.step(given)
+    assert one.prepare()
+    next(iter(optim.optim_objs.values())).param_groups[0]["betas"] = (0.5, 0.9)
+    assert not one.prepare()
+    assert not one.prepare()
+    one.step(given)
+    assert one.prepare()
+
+
+def test_rates_that_a_recorded_graph_reads():
+    owners = [torch.optim.Adam([torch.ones(2, requires_grad=True)], lr=0.1) for _ in range(2)]
+    together = Together(owners, in_graph=True)
+    group = together.optimizer.param_groups[0]
+    rate = group["lr"]
+    assert group["capturable"]
+    assert rate.item() == pytest.approx(0.1)
+    for owner in owners:
+        owner.param_groups[0]["lr"] = 0.02
+    assert together.follow()
+    assert group["lr"] is rate
+    assert rate.item() == pytest.approx(0.02)
+    for owner in owners:
+        owner.param_groups[0]["betas"] = (0.5, 0.9)
+    assert together.follow() is False
+    owners[0].param_groups[0]["lr"] = 0.5
+    assert together.follow() is None
+    assert not owners[0].param_groups[0]["capturable"]
+
+
+def test_not_capturable_on_the_cpu():
+    one = OneOptimizer(pyro.optim.Adam({"lr": 0.1}), parameters())
+    assert not one.capturable
+    with pytest.raises(ValueError, match="on one GPU"):
+        one.make_capturable()
+
+
+class Proud(pyro.optim.PyroOptim):
+    def __call__(self, params, *args, **kwargs):
+        super().__call__(params, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("optim", "match"),
+    [
+        (partial(torch.optim.LBFGS, lr=1), "LBFGS, which evaluates the loss by a closure"),
+        (lambda leaves: torch.optim.LBFGS(leaves), "LBFGS"),
+        (pyro.optim.PyroOptim(torch.optim.LBFGS, {"lr": 1}), "LBFGS"),
+        (torch.optim.Adam([torch.ones(1, requires_grad=True)]), "made already; pass partial"),
+        (Newton({"x": 0.1}), "differentiates the loss"),
+        (pyro.optim.HorovodOptimizer(pyro.optim.Adam({"lr": 0.1})), "HorovodOptimizer with its own __call__"),
+        (Proud(torch.optim.Adam, {"lr": 0.1}), "Proud with its own __call__"),
+        (0.1, "got float"),
+        (pyro.optim.Adam, "Adam without its options"),
+        (lambda leaves: None, "returned NoneType"),
+    ],
+)
+def test_refusals(optim, match):
+    with pytest.raises(ValueError, match=match):
+        OneOptimizer(optim, {"x": torch.ones(1, requires_grad=True)})
