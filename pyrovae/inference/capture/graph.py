@@ -74,8 +74,8 @@ def capture(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[T
     with undone() as journal, quiet() as mode:
         try:
             module = make_fx(lambda *tensors: tuple(function(*tensors)))(*inputs)
-        except CannotCapture:
-            raise
+        except CannotCapture as error:
+            raise CannotCapture(str(error).splitlines()[0]) from error  # Pyro adds a table of shapes to what passes through it
         except Exception as error:
             what = str(error).splitlines()[0] if str(error) else ""
             if "value out of a tracing tensor" in what:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from pyrovae.ops import isolated_rng
+
+_STATISTICS = ("running_mean", "running_var")  # which the schemas of batch norms do not mark as written
 
 
 class Journal(TorchDispatchMode):
@@ -27,11 +29,10 @@ class Journal(TorchDispatchMode):
     ) -> Any:
         """Copy what an operation is about to write."""
         given = [value for value in tree_leaves((args, kwargs or {})) if isinstance(value, Tensor)]
-        if func._schema.is_mutable:
-            for tensor in _written(func, args, kwargs or {}):
-                key = _key(tensor)
-                if key not in self._made and key not in self._before:
-                    self._before[key] = _whole_storage(tensor)
+        for tensor in _written(func, args, kwargs or {}):
+            key = _key(tensor)
+            if key not in self._made and key not in self._before:
+                self._before[key] = _whole_storage(tensor)
         out = func(*args, **(kwargs or {}))
         old = {_key(tensor) for tensor in given}
         self._made.update(key for x in tree_leaves(out) if isinstance(x, Tensor) and (key := _key(x)) not in old)
@@ -63,9 +64,27 @@ def undone() -> Iterator[Journal]:
             journal.undo()
 
 
+class Moment:
+    """The random state, and the contents of some tensors, at a moment."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.contents = tensors, [tensor.detach().clone() for tensor in tensors]
+        self.cpu = torch.default_generator.get_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def put(self) -> None:
+        """Go back to it."""
+        with torch.no_grad():
+            for tensor, content in zip(self.tensors, self.contents, strict=True):
+                tensor.copy_(content)
+        torch.default_generator.set_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if argument.name in _STATISTICS or (argument.alias_info is not None and argument.alias_info.is_write):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             yield from (tensor for tensor in tree_leaves(value) if isinstance(tensor, Tensor))
 
@@ -79,15 +98,3 @@ def _whole_storage(tensor: Tensor) -> tuple[Tensor, Tensor]:
     with _disable_current_modes(), torch.no_grad():
         whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
         return whole, whole.clone()
-
-
-def copies(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Their present contents."""
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def put(tensors: tuple[Tensor, ...], contents: list[Tensor]) -> None:
-    """Give tensors the contents that they had."""
-    with torch.no_grad():
-        for tensor, content in zip(tensors, contents, strict=True):
-            tensor.copy_(content)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_stack, walk_tb
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -32,7 +34,7 @@ _READS = {
         "__array__": "numpy()",
     }.items()
 }
-_OUTSIDE = tuple(str(Path(module.__file__).parent) for module in (torch, pyro) if module.__file__)
+_OUTSIDE = (*(str(Path(module.__file__).parent) for module in (torch, pyro) if module.__file__), str(Path(__file__).parents[1]))
 
 
 class CannotCapture(RuntimeError):
@@ -88,6 +90,11 @@ def quiet() -> Iterator[Quiet]:
         pyro.util.torch_isnan = isnan
 
 
+def capturing() -> bool:
+    """Whether a run is being recorded."""
+    return get_proxy_mode() is not None
+
+
 def is_computed(tensor: Tensor) -> bool:
     """Whether the run that is being recorded computes a tensor from others, so that its value may be another next time."""
     mode = get_proxy_mode()
@@ -97,23 +104,30 @@ def is_computed(tensor: Tensor) -> bool:
 
 
 def place(traceback: TracebackType | None = None) -> str:
-    """The innermost line that is neither torch's nor Pyro's: of the present stack, or of an error's."""
-    frames: list[tuple[str, int, str]] = []
+    """The innermost line that is neither torch's nor Pyro's nor ours: of the present stack, or of an error's."""
     if traceback is None:
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
-            frame = frame.f_back
+        frames = [(frame, frame.f_lineno) for frame in _stack()]
     else:
-        step: TracebackType | None = traceback
-        while step is not None:
-            frames.insert(0, (step.tb_frame.f_code.co_filename, step.tb_lineno, step.tb_frame.f_code.co_name))
-            step = step.tb_next
-    own = str(Path(__file__).parent)
-    for file, line, name in frames:
-        if not file.startswith((*_OUTSIDE, own, "<")):
-            return f"{Path(file).name}, line {line}, in {name}"
-    return "in Pyro's own code"
+        frames = [(frame, line) for frame, line in walk_tb(traceback)][::-1]
+    for frame, line in frames:
+        if _is_users(frame):
+            return f"{Path(frame.f_code.co_filename).name}, line {line}, in {frame.f_code.co_name}"
+    return "in the objective's own code"
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the user's that is being run."""
+    level = next((k for k, frame in enumerate(_stack()) if _is_users(frame)), 1)
+    warnings.warn(text, stacklevel=level + 1)
+
+
+def _stack() -> list[FrameType]:
+    """The frames of the caller and outwards."""
+    return [frame for frame, _ in walk_stack(sys._getframe(1))]
+
+
+def _is_users(frame: FrameType) -> bool:
+    return not frame.f_code.co_filename.startswith((*_OUTSIDE, "<"))
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
