@@ -71,9 +71,10 @@ class OneOptimizer:
         Nothing waits for the device. `.grad` is None afterwards.
 
         Args:
-            gradients: in the order of the leaves, each of its leaf's shape; Pyro's own optimizers clip them in place.
+            gradients: in the order of the leaves, each of its leaf's shape; some optimizers write in them.
         """
-        self.prepare()
+        if not (self._in_graph and torch.cuda.is_current_stream_capturing()):
+            self.prepare()
         for leaf, gradient in zip(self._parameters, self._clipped(gradients), strict=True):
             leaf.grad = gradient
         try:
@@ -134,8 +135,8 @@ class OneOptimizer:
     def _link(self) -> None:
         """Find the optimizers, share their state, and gather their parameters."""
         self._owners = self._pyro_owners() if self._pyro else [self.optimizer]
-        for owner in self._owners:
-            check_steps(type(owner))
+        for kind in {type(owner) for owner in self._owners}:
+            check_steps(kind)
         self._states = [owner.state for owner in self._owners]
         self._alone = [owner for owner in self._owners if not is_known(owner)]
         kinds: defaultdict[type, list[torch.optim.Optimizer]] = defaultdict(list)

@@ -11,8 +11,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import pyro.optim.clipped_adam
 import torch
 from torch import Tensor
+
+from pyrovae.inference.capture.clipped_adam import ClippedAdam
 
 Owner: TypeAlias = torch.optim.Optimizer
 
@@ -39,7 +42,8 @@ class Together:
                     alike.append((key, found := []))
                 found.append((owner, place))
         self.groups = [Group(kind, members, in_graph=in_graph) for _, members in alike]
-        self.optimizer: Owner = object.__new__(kind)
+        faster: Any = ClippedAdam if kind is pyro.optim.clipped_adam.ClippedAdam else kind
+        self.optimizer: Owner = object.__new__(faster)
         vars(self.optimizer).update({name: value for name, value in vars(owners[0]).items() if name != "step"})
         self.optimizer.param_groups = [group.options for group in self.groups]
         self.optimizer.state = defaultdict(dict)
@@ -62,7 +66,7 @@ class Together:
             group.lead()
         if not self.called:
             for owner in self.owners:
-                owner._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether a step came before theirs
+                vars(owner).update(_opt_called=True, _step_count=1)  # schedulers ask whether a step came before theirs
             self.called = True
         if self._count() != before and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("expected optimizer state before a CUDA graph is recorded, got none; take a step outside first")
@@ -92,7 +96,9 @@ class Group:
         leaves = [leaf for group in groups for leaf in group["params"]]
         self.fused = _unsaid(kind, groups[0]) and all(_fuses(kind, leaf.device, leaf.dtype) and _dense(leaf) for leaf in leaves)
         self.capturable = "capturable" in groups[0] or (kind is torch.optim.SGD and self.fused)
-        self.rate = torch.zeros((), dtype=torch.float32, device=leaves[0].device) if in_graph else None
+        self.in_graph, rate = in_graph, groups[0].get("lr")
+        own = in_graph and not (isinstance(rate, Tensor) and rate.device == leaves[0].device)
+        self.rate = torch.zeros((), dtype=torch.float32, device=leaves[0].device) if own else None
         self.strides = [(leaf, leaf.stride()) for leaf in leaves] if self.fused or groups[0].get("fused") else []
         self.options: dict[str, Any] = {}
         self._take(groups[0])
@@ -133,7 +139,7 @@ class Group:
             if isinstance(value, Tensor) and value.dim() == 0:
                 if self.fused and name == "step":
                     state[name] = value.to(leaf.device, torch.float32)
-                elif self.rate is not None:
+                elif self.in_graph:
                     state[name] = value.to(leaf.device)
         return state
 
@@ -147,8 +153,8 @@ class Group:
         if self.rate is not None:
             self.rate.fill_(float(options["lr"]))
             self.options["lr"] = self.rate
-            if "capturable" in options:
-                self.options["capturable"] = True
+        if self.in_graph and "capturable" in options:
+            self.options["capturable"] = True
 
 
 def is_known(owner: Owner) -> bool:

@@ -118,6 +118,20 @@ def test_the_rate_that_a_step_lowers_is_the_owners():
     assert [made.param_groups[0]["lr"] for made in optim.optim_objs.values()] == pytest.approx([0.1 / 8] * 3)
 
 
+@pytest.mark.parametrize(
+    "options", [{"clip_norm": 0.1}, {"weight_decay": 0.5}, {"centered_variance": True}, {"betas": (0.5, 0.6)}]
+)
+def test_clipped_adam_for_many(options):
+    given = gradients()
+    given[3][1][0] = torch.nan  # which clipping leaves
+    check(lambda: pyro.optim.ClippedAdam({"lr": 0.05, **options}), given[:3] + given[4:])
+    nan, stock = (run(method, pyro.optim.ClippedAdam({"lr": 0.05, **options}), given) for method in (OneOptimizer, Stock))
+    assert nan[3].isnan().any()
+    torch.testing.assert_close(nan, stock, rtol=0, atol=0, equal_nan=True)
+    plain = run(OneOptimizer, pyro.optim.ClippedAdam({"lr": 0.05}), given[:3])
+    assert not torch.equal(plain, stock[:3])
+
+
 def test_sparse_gradients():
     given = [[gradient.to_sparse(1) for gradient in one] for one in gradients()]
     check(lambda: pyro.optim.SparseAdam({"lr": 0.05}), given)
