@@ -213,7 +213,7 @@ def _tensors(a: tuple[Any, ...], b: tuple[Any, ...]) -> str:
         if old != new:
             shown = (tuple(x) if isinstance(x, tuple) else x for x in (new, old))
             return "has {} {} and had {}".format(name, *shown)
-    return f"requires {'a' if b[5] else 'no'} gradient and did {'not' if b[5] else 'before'}"
+    return f"requires {'a' if b[5] else 'no'} gradient and did{' not' if b[5] else ''}"
 
 
 def _keys(signature: tuple[Any, ...]) -> str:

@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import attrgetter, getitem, is_
+from operator import attrgetter
 from typing import Any
 
 import pyro
@@ -50,9 +50,6 @@ class Watch:
     def __init__(self) -> None:
         self.devices: set[torch.device] = set()
         self._slots: list[Slot] = []
-        self._holders: list[dict[str, Any]] = []
-        self._keys: list[str] = []
-        self._things: list[Any] = []
         self._parameters: list[Tensor] = []
         self._words: list[str] = []
         self._natures: list[tuple[Any, ...]] = []
@@ -85,11 +82,11 @@ class Watch:
         Contents do not count. Cost: 0.1 µs a binding.
         """
         try:
-            same = all(map(is_, map(getitem, self._holders, self._keys), self._things))
+            for holder, key, thing, words in self._slots:
+                if holder[key] is not thing:
+                    return _rebinding(holder, key, thing, words)
         except KeyError:
-            same = False
-        if not same:
-            return next(_rebinding(*slot) for slot in self._slots if slot[0].get(slot[1], _MISSING) is not slot[2])
+            return _rebinding(holder, key, thing, words)
         if list(map(_nature, self._parameters)) != self._natures:
             pairs = zip(self._parameters, self._natures, self._words, strict=True)
             return next(_another_nature(_nature(p), was, words) for p, was, words in pairs if _nature(p) != was)
@@ -110,9 +107,6 @@ class Watch:
         if names:
             self._slots.append((vars(store), "_params", store._params, "Pyro's param store"))
             self._slots += [(store._params, n, store._params[n], f"parameter {n!r} of Pyro's store") for n in names.values()]
-        self._holders = [slot[0] for slot in self._slots]
-        self._keys = [slot[1] for slot in self._slots]
-        self._things = [slot[2] for slot in self._slots]
         held = {id(slot[2]): slot for slot in reversed(self._slots) if isinstance(slot[2], Tensor)}
         parameters = [slot for slot in reversed(held.values()) if slot[3].startswith("parameter")]
         self._parameters, self._words = [slot[2] for slot in parameters], [slot[3] for slot in parameters]
