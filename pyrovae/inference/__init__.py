@@ -4,6 +4,7 @@ from pyrovae.inference.ais import AIS, LogPartition, Sandwich
 from pyrovae.inference.belief_nets.pretraining import GreedyPretraining
 from pyrovae.inference.belief_nets.up_down import UpDown
 from pyrovae.inference.belief_nets.wake_sleep import WakeSleep
+from pyrovae.inference.capture.captured_svi import CapturedSVI
 from pyrovae.inference.elbo import ExactLikelihood
 from pyrovae.inference.em import EM
 from pyrovae.inference.exact.exact import Exact, ExactPosterior
@@ -23,6 +24,7 @@ __all__ = [
     "AIS",
     "EM",
     "MCMC",
+    "CapturedSVI",
     "ContrastiveDivergence",
     "Exact",
     "ExactLikelihood",

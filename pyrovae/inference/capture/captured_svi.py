@@ -74,6 +74,9 @@ class CapturedSVI:
         if not hasattr(loss, "loss_and_grads"):
             raise ValueError(f"expected an objective such as pyro.infer.Trace_ELBO(), got {type(loss).__name__}")
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
+        if any(base.__name__.startswith("Jit") and base.__module__.startswith("pyro.") for base in type(loss).__mro__):
+            name = type(loss).__name__
+            raise ValueError(f"expected an objective that runs the programs, got {name}; use {name.removeprefix('Jit')}")
         check_optimizer(optim)
         self._leaves: dict[str, Tensor] = {}
         self._optimizer: OneOptimizer | None = None  # made of the parameters that the first step meets
@@ -134,7 +137,8 @@ class CapturedSVI:
         self._replay.forget()
         before, self._optimizer = self._optimizer, OneOptimizer(self.optim, self._leaves)
         if before is not None and isinstance(before.optimizer, torch.optim.Optimizer):
-            kept = {leaf: state for leaf, state in before.optimizer.state.items() if leaf in self._optimizer.optimizer.state}
+            known = set(self._leaves.values())
+            kept = {leaf: state for leaf, state in before.optimizer.state.items() if leaf in known}
             self._optimizer.optimizer.state.update(kept)
 
     def _apply(self, outputs: Outputs) -> None:
