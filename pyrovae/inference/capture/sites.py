@@ -115,16 +115,15 @@ def structural_change(before: Sequence[Site], after: Sequence[Site]) -> str | No
 
     Numbers and the shapes of values do not count, see :func:`numerical_difference`.
     """
-    many = Counter(site.name for site in before), Counter(site.name for site in after)
     for old, new in zip(before, after, strict=False):
         if old.name != new.name:
-            return _added_or_gone(old.name, new.name, *many)
+            return _added_or_gone(old, new, before, after)
         changed = _changed(old, new)
         if changed:
-            return f"the site {new.name!r} {changed}"
+            return f"{_named(new)} {changed}"
     if len(after) != len(before):
-        extra = after[len(before)].name if len(after) > len(before) else before[len(after)].name
-        return _added_or_gone(extra, extra, *many)
+        extra = after[len(before)] if len(after) > len(before) else before[len(after)]
+        return _added_or_gone(extra, extra, before, after)
     return None
 
 
@@ -157,7 +156,7 @@ def numerical_difference(
                 continue
             differ = _differ(a, b, tolerance)
             if differ:
-                return f"the {label} of the site {new.name!r} ({new.family}) {differ}"
+                return f"the {label} of {_named(new)}{'' if _is_plate(new) else f' ({new.family})'} {differ}"
     return None
 
 
@@ -195,17 +194,27 @@ def _transform(transform: Any) -> str:
     return ", ".join(_transform(part) for part in parts) if parts else type(transform).__name__
 
 
-def _added_or_gone(old: str, new: str, before: Counter[str], after: Counter[str]) -> str:
-    for name in (new, old):
-        if after[name] > before[name]:
-            return f"the site {name!r} is new" if not before[name] else _times(name, before, after)
-        if after[name] < before[name]:
-            return f"the site {name!r} is gone" if not after[name] else _times(name, before, after)
-    return f"the site {new!r} stands where {old!r} stood"
+def _added_or_gone(old: Site, new: Site, before: Sequence[Site], after: Sequence[Site]) -> str:
+    was, now = Counter(site.name for site in before), Counter(site.name for site in after)
+    for site in (new, old):
+        many, before_that = now[site.name], was[site.name]
+        if many != before_that and many and before_that:
+            return f"{_named(site)} occurs {_times(many)} now and did {_times(before_that)}"
+        if many != before_that:
+            return f"{_named(site)} is {'new' if many else 'gone'}"
+    return f"{_named(new)} stands where {_named(old)} stood"
 
 
-def _times(name: str, before: Counter[str], after: Counter[str]) -> str:
-    return f"the site {name!r} occurs {after[name]} times now and did {before[name]} times"
+def _times(many: int) -> str:
+    return "once" if many == 1 else f"{many} times"
+
+
+def _named(site: Site) -> str:
+    return f"the {'plate' if _is_plate(site) else 'site'} {site.name!r}"
+
+
+def _is_plate(site: Site) -> bool:
+    return site.family == "_Subsample"
 
 
 def _changed(old: Site, new: Site) -> str | None:
@@ -267,5 +276,6 @@ def _number(x: Tensor) -> str:
     value = x.item()
     if not isinstance(value, float):
         return str(value)
-    texts = (f"{value:.{digits}g}" for digits in range(4, 18))
-    return next((text for text in texts if torch.tensor(float(text), dtype=x.dtype).item() == value), str(value))
+    shorter = (float(f"{value:.{digits}g}") for digits in range(1, 18))
+    same = (short for short in shorter if torch.tensor(short, dtype=x.dtype).item() == value)
+    return repr(next(same, value)).removesuffix(".0")
