@@ -100,6 +100,40 @@ def test_every_optimizer_of_pyro(name):
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
 def test_what_was_said_of_forms_is_kept(name):
     check(lambda: getattr(pyro.optim, name)({"lr": 0.05, "foreach": False}))
+    for said, form in (({"foreach": False}, None), ({"fused": False}, False), ({}, True)):
+        optim = getattr(pyro.optim, name)({"lr": 0.05, **said})
+        one = OneOptimizer(optim, parameters())
+        one.step(gradients(1)[0])
+        assert one._together[0].optimizer.param_groups[0]["fused"] is form
+        assert all(made.param_groups[0]["fused"] is said.get("fused") for made in optim.optim_objs.values())
+
+
+def test_counts_of_steps_are_where_the_fused_form_has_them():
+    optim, leaves = pyro.optim.Adam({"lr": 0.1}), parameters()
+    Stock(optim, leaves).step(gradients(1)[0])
+    states = [next(iter(made.state.values())) for made in optim.optim_objs.values()]
+    assert {state["step"].dtype for state in states} == {torch.float64}
+    OneOptimizer(optim, leaves).step(gradients(1)[0])
+    assert {state["step"].dtype for state in states} == {torch.float32}
+    assert [state["step"].item() for state in states] == [2] * 3
+
+
+@pytest.mark.parametrize("options", [{"dampening": 0.5}, {"nesterov": True}, {"weight_decay": 0.1}, {"maximize": True}])
+def test_momentum(options):
+    given = gradients()
+    given[0][1] = None  # whose momentum starts later
+    check(lambda: pyro.optim.SGD({"lr": 0.05, "momentum": 0.9, **options}), given, rounding=True)
+
+
+def test_learning_rates_that_are_tensors():
+    def make():
+        return pyro.optim.RMSprop(lambda name: {"lr": torch.tensor(0.1)})
+
+    def after(optim, step):
+        next(iter(optim.optim_objs.values())).param_groups[0]["lr"].mul_(0.5)
+
+    check(make, after=after)
+    assert not torch.equal(run(OneOptimizer, make(), gradients(), after), run(OneOptimizer, make(), gradients()))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -340,24 +374,34 @@ def test_a_torch_factory_with_groups_a_scheduler_and_saved_state():
         assert torch.equal(leaf, theirs[name]), name
 
 
-class Signed(torch.optim.SGD):
+class Shrinking(torch.optim.SGD):
     """A class of a user's, with memory outside of `state`."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr=lr)
-        self.calls = 0
+        self.total = 0.0
 
     def step(self, closure=None):
-        self.calls += 1
         for group in self.param_groups:
             for leaf in group["params"]:
-                leaf.data.sub_(leaf.grad.sign(), alpha=group["lr"] / self.calls)
+                self.total += leaf.grad.abs().sum()
+                leaf.data.sub_(leaf.grad, alpha=group["lr"] / float(self.total))
 
 
 def test_classes_of_users_are_stepped_one_by_one():
-    check(lambda: pyro.optim.PyroOptim(Signed, {"lr": 0.1}))
-    stock = run(Stock, pyro.optim.PyroOptim(Signed, {"lr": 0.1}), gradients())
-    assert torch.equal(run(OneOptimizer, partial(Signed, lr=0.1), gradients()), stock)
+    check(lambda: pyro.optim.PyroOptim(Shrinking, {"lr": 0.1}))
+    path = run(OneOptimizer, partial(Shrinking, lr=0.1), gradients())
+    assert not torch.equal(path, run(Stock, pyro.optim.PyroOptim(Shrinking, {"lr": 0.1}), gradients()))  # one for all, as asked
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, pyro.optim.clipped_adam.ClippedAdam, Shrinking])
+def test_hooks_of_an_optimizer_are_called(kind):
+    one, called = OneOptimizer(partial(kind, lr=0.1), parameters()), []
+    one.optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    one.optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    for gradient in gradients(2):
+        one.step(gradient)
+    assert called == ["before", "after"] * 2
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
@@ -440,6 +484,36 @@ def test_not_capturable_on_the_cpu():
     assert not one.capturable
     with pytest.raises(ValueError, match="on one GPU"):
         one.make_capturable()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "SGD"])
+def test_a_recorded_graph_steps_as_the_owner(name):
+    start, given = torch.randn(3, device="cuda"), torch.randn(8, 3, device="cuda")
+    theirs, ours = start.clone().requires_grad_(), start.clone().requires_grad_()
+    other, one = (
+        getattr(torch.optim, name)([theirs], lr=0.1),
+        OneOptimizer(partial(getattr(torch.optim, name), lr=0.1), {"x": ours}),
+    )
+    one.make_capturable()
+    gradient, graph = torch.zeros_like(start), None
+    for k, value in enumerate(given):
+        gradient.copy_(value)
+        if not one.prepare():
+            one.step([gradient])
+        elif graph is None:
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                one.step([gradient])
+            graph.replay()
+        else:
+            graph.replay()
+        theirs.grad = value
+        other.step()
+        torch.testing.assert_close(ours.detach(), theirs.detach())
+        for optimizer in (other, one.optimizer):
+            optimizer.param_groups[0]["lr"] = 0.1 / (k + 1)
 
 
 class Proud(pyro.optim.PyroOptim):
