@@ -37,10 +37,10 @@ def ratio(slow: list[float], fast: list[float], digits: int = 1) -> str:
     return f"{statistics.median(pairs):.{digits}f}x (pairs {pairs[0]:.{digits}f} to {pairs[-1]:.{digits}f})"
 
 
-def line(name: str, seconds: list[float]) -> str:
+def line(name: str, seconds: list[float], digits: int = 1) -> str:
     """Median and range in milliseconds."""
     ms = [1e3 * s for s in seconds]
-    return f"  {name:<44} {statistics.median(ms):9.1f} ms   ({min(ms):.1f} to {max(ms):.1f})"
+    return f"  {name:<44} {statistics.median(ms):9.{digits}f} ms   ({min(ms):.{digits}f} to {max(ms):.{digits}f})"
 
 
 def peak_growth(job: Callable[[], object]) -> int:

@@ -16,22 +16,23 @@ __all__ = ["Program"]
 class Program(PyroModule):
     """Model and guide with relaxed one-hot sites at one temperature and Bernoulli pixels."""
 
-    def __init__(self, temperature: float, latents: int = 30, categories: int = 10, visible: int = 784) -> None:
+    def __init__(self, temperature: float, latents: int = 30, categories: int = 10, visible: int = 784, name: str = "") -> None:
         super().__init__()
+        self.name = name  # of its modules in the store, where another instance of the same name is found again
         self.net = Autoencoder(latents, categories, visible)
-        self.temperature = torch.tensor(temperature)
-        self.uniform = torch.zeros(latents, categories)
+        self.register_buffer("temperature", torch.tensor(temperature))
+        self.register_buffer("uniform", torch.zeros(latents, categories))
 
     def model(self, x: Tensor) -> None:
         """Draw z ~ uniform, relaxed; x ~ Bernoulli(decoder(z))."""
-        pyro.module("decoder", self.net.decoder)
+        pyro.module(f"decoder{self.name}", self.net.decoder)
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", dist.RelaxedOneHotCategorical(self.temperature, logits=self.uniform).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=self.net.decoder(z.flatten(-2))).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """Draw z ~ the encoder's categories, relaxed."""
-        pyro.module("encoder", self.net.encoder)
+        pyro.module(f"encoder{self.name}", self.net.encoder)
         with pyro.plate("data", len(x), dim=-1):
             logits = self.net.logits(x)
             pyro.sample("z", dist.RelaxedOneHotCategorical(self.temperature, logits=logits).to_event(1))
