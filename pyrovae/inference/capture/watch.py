@@ -36,20 +36,19 @@ class Watch:
     whose forward ran in the block, and the entries of Pyro's store that were asked for in it; not other threads'.
 
     Attributes:
-        rebound: what the block itself has bound to another tensor, in words, or None: the first of `rebindings` whose old
-            tensor is no activation (has no history in autograd).
-        rebindings: (in words, the old tensor) of all that were.
+        rebound: what the block itself has bound to another tensor, in words, or None. A replay would not bind it again. What
+            held an activation (a tensor with a history in autograd) does not count: a run writes it before it reads it.
         evaluating: the outermost modules that ran in evaluation mode, as "'encoder' (Sequential)".
         devices: of all parameters and buffers.
     """
 
     rebound: str | None = None
-    rebindings: tuple[tuple[str, Tensor], ...] = ()
     evaluating: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.devices: set[torch.device] = set()
         self._slots: list[Slot] = []
+        self._rebound: list[Slot] = []
         self._parameters: list[Tensor] = []
         self._words: list[str] = []
         self._natures: list[tuple[Any, ...]] = []
@@ -92,17 +91,19 @@ class Watch:
             return next(_another_nature(_nature(p), was, words) for p, was, words in pairs if _nature(p) != was)
         return None
 
+    def restore(self) -> None:
+        """Bind what the block has bound to other tensors to the old ones again."""
+        for holder, key, old, _ in self._rebound:
+            holder[key] = old
+
     def _end(self, family: _Family, asked: list[str]) -> None:
         store = pyro.get_param_store()
         names = {id(store._params[name]): name for name in asked if name in store._params}
         family.look_again()
         family.name_by(names)
-        own: set[tuple[int, str]] = set()
-        for holder, key, old, words in family.slots():
-            if isinstance(old, Tensor) and holder.get(key) is not old:
-                own.add((id(holder), key))
-                self.rebindings += ((_rebinding(holder, key, old, words), old),)
-        self.rebound = next((words for words, old in self.rebindings if old.grad_fn is None), None)
+        self._rebound = [s for s in family.slots() if isinstance(s[2], Tensor) and s[0].get(s[1]) is not s[2]]
+        self.rebound = next((_rebinding(*slot) for slot in self._rebound if slot[2].grad_fn is None), None)
+        own = {(id(slot[0]), slot[1]) for slot in self._rebound}
         self._slots = [slot for slot in family.slots(now=True) if (id(slot[0]), slot[1]) not in own]
         if names:
             self._slots.append((vars(store), "_params", store._params, "Pyro's param store"))
