@@ -51,7 +51,7 @@ class CapturedSVI:
         >>> from pyro.infer import Trace_ELBO
         >>> from pyrovae.guides import AmortizedMeanField
         >>> from pyrovae.models import GaussianVAE
-        >>> model = GaussianVAE(visible=16, latents=2, hidden=[8])
+        >>> model = GaussianVAE(visible=16, latent=2, hidden=8)
         >>> svi = CapturedSVI(model, AmortizedMeanField(model), pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(), backend="fx")
         >>> x = torch.bernoulli(torch.full((8, 16), 0.5))
         >>> losses = [svi.step(x) for _ in range(5)]
