@@ -45,6 +45,7 @@ class OneOptimizer:
 
     Attributes:
         optimizer: what owns options and state: the given Pyro optimizer, or the torch optimizer that was made.
+        version: changes whenever recorded CUDA graphs no longer do the right step.
 
     Example:
         >>> from functools import partial
@@ -64,6 +65,7 @@ class OneOptimizer:
         self._together: list[Together] = []
         self._alone: list[torch.optim.Optimizer] = []
         self._linked = self._in_graph = self._stepped = False
+        self.version = 0
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
         """One step of all parameters; a parameter without a gradient stays, and its state too.
@@ -93,14 +95,16 @@ class OneOptimizer:
         A learning rate gets into a recorded CUDA graph, as a tensor that is filled; other options do not.
 
         Returns:
-            Whether to replay a recorded CUDA graph, or to record one. If not, call :meth:`step` outside of a graph, which makes
-            the state that a graph needs, and record anew.
+            Whether to replay a CUDA graph that was recorded at this `version`, or to record one. If not, call :meth:`step`
+            outside of a graph, which makes the state that a graph needs.
         """
         moved = not self._linked or self._moved()
         kept = [None] if moved else [together.follow() for together in self._together]
         if None in kept:
             self._link()
-        self._stepped = self._stepped and all(kept)
+        if not all(kept):
+            self.version += 1
+            self._stepped = False
         return self._stepped
 
     @property
@@ -123,8 +127,11 @@ class OneOptimizer:
                 "expected an optimizer of parameters on one GPU whose steps torch can record (capturable), got another; "
                 "take Adam, or step outside of the graph"
             )
-        self._in_graph = True
-        self._link()
+        if not self._in_graph:
+            self._in_graph = True
+            self._link()
+            self.version += 1
+            self._stepped = False
 
     def _moved(self) -> bool:
         """Whether optimizers or their states were exchanged."""

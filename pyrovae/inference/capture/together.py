@@ -95,11 +95,12 @@ class Group:
         self.seen = [dict(group) for group in groups]
         leaves = [leaf for group in groups for leaf in group["params"]]
         self.fused = _unsaid(kind, groups[0]) and all(_fuses(kind, leaf.device, leaf.dtype) and _dense(leaf) for leaf in leaves)
-        self.capturable = "capturable" in groups[0] or (kind is torch.optim.SGD and self.fused)
+        fused = self.fused or bool(groups[0].get("fused"))
+        self.capturable = "capturable" in groups[0] or (kind is torch.optim.SGD and fused)
         self.in_graph, rate = in_graph, groups[0].get("lr")
         own = in_graph and not (isinstance(rate, Tensor) and rate.device == leaves[0].device)
         self.rate = torch.zeros((), dtype=torch.float32, device=leaves[0].device) if own else None
-        self.strides = [(leaf, leaf.stride()) for leaf in leaves] if self.fused or groups[0].get("fused") else []
+        self.strides = [(leaf, leaf.stride()) for leaf in leaves] if fused else []
         self.options: dict[str, Any] = {}
         self._take(groups[0])
         self.options["params"] = leaves

@@ -451,12 +451,19 @@ def test_ready_for_a_recorded_graph():
     one, given = OneOptimizer(optim, parameters()), gradients(1)[0]
     assert not one.prepare()
     one.step(given)
+    before = one.version
     assert one.prepare()
+    for made in optim.optim_objs.values():
+        made.param_groups[0]["lr"] = 0.2
+    assert one.prepare()
+    assert one.version == before
     next(iter(optim.optim_objs.values())).param_groups[0]["betas"] = (0.5, 0.9)
     assert not one.prepare()
     assert not one.prepare()
+    assert one.version == before + 1
     one.step(given)
     assert one.prepare()
+    assert one.version == before + 1
 
 
 def test_rates_that_a_recorded_graph_reads():
@@ -496,6 +503,9 @@ def test_a_recorded_graph_steps_as_the_owner(name):
         OneOptimizer(partial(getattr(torch.optim, name), lr=0.1), {"x": ours}),
     )
     one.make_capturable()
+    version = one.version
+    one.make_capturable()
+    assert one.version == version
     gradient, graph = torch.zeros_like(start), None
     for k, value in enumerate(given):
         gradient.copy_(value)
