@@ -96,7 +96,8 @@ class Group:
         leaves = [leaf for group in groups for leaf in group["params"]]
         self.fused = _unsaid(kind, groups[0]) and all(_fuses(kind, leaf.device, leaf.dtype) and _dense(leaf) for leaf in leaves)
         fused = self.fused or bool(groups[0].get("fused"))
-        self.capturable = "capturable" in groups[0] or (kind is torch.optim.SGD and fused)
+        by_number = not fused and groups[0].get("foreach") is False  # some read the learning rate as a Python number
+        self.capturable = ("capturable" in groups[0] and not by_number) or (kind is torch.optim.SGD and fused)
         self.in_graph, rate = in_graph, groups[0].get("lr")
         own = in_graph and not (isinstance(rate, Tensor) and rate.device == leaves[0].device)
         self.rate = torch.zeros((), dtype=torch.float32, device=leaves[0].device) if own else None

@@ -1,6 +1,7 @@
 """One optimizer for all parameters against Pyro's, which step parameter by parameter."""
 
 import copy
+import importlib
 import warnings
 from functools import partial
 
@@ -491,6 +492,57 @@ def test_not_capturable_on_the_cpu():
     assert not one.capturable
     with pytest.raises(ValueError, match="on one GPU"):
         one.make_capturable()
+
+
+CAPTURABLE = ["Adam", "AdamW", "RMSprop", "Rprop", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "SGD"]
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch):
+    """Torch's forms for CUDA graphs, on the CPU."""
+    for name in CAPTURABLE:
+        module = importlib.import_module(f"torch.optim.{name.lower()}")
+        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"], raising=False)
+    monkeypatch.setattr(OneOptimizer, "capturable", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_steps_for_a_recorded_graph(name):
+    """No number is read from a tensor, and rates change by tensors alone."""
+    given, leaves, syncs = gradients(), parameters(), Syncs()
+    optim = getattr(pyro.optim, name)({"lr": 0.05} if name == "SGD" else {"lr": 0.05, "foreach": True})
+    one, path = OneOptimizer(optim, leaves), []
+    one.step(given[0])
+    one.make_capturable()
+    for k, gradient in enumerate(given):
+        if k:
+            with syncs:
+                one.step(gradient)
+        for made in optim.optim_objs.values():
+            made.param_groups[0]["lr"] *= 0.5
+        path.append(torch.cat([leaf.detach().flatten() for leaf in leaves.values()]))
+        one.prepare()
+        rates = [group["lr"] for together in one._together for group in together.optimizer.param_groups]
+        assert [rate.item() for rate in rates] == pytest.approx([0.05 / 2 ** (k + 1)])
+    assert syncs.count == 0
+
+    def after(optim, step):
+        for made in optim.optim_objs.values():
+            made.param_groups[0]["lr"] *= 0.5
+
+    stock = run(Stock, getattr(pyro.optim, name)({"lr": 0.05, "foreach": False}), given, after)
+    torch.testing.assert_close(torch.stack(path), stock, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_state_is_not_made_inside_of_a_recording(monkeypatch):
+    one = OneOptimizer(pyro.optim.Adam({"lr": 0.1}), parameters())
+    one.make_capturable()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="take a step outside first"):
+        one.step(gradients(1)[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
