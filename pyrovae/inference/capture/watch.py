@@ -11,6 +11,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Number
 from operator import attrgetter
 from typing import Any
 
@@ -25,7 +26,7 @@ from pyrovae.inference.capture.arguments import describe_change, flatten, proces
 __all__ = ["Watch", "describe_change", "flatten", "process_flags"]
 
 _MISSING = object()
-_nature = attrgetter("requires_grad", "dtype", "is_cpu")  # `module.double()` and the like keep the Parameter
+_requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")  # `module.double()` keeps the Parameter
 Slot = tuple[dict[str, Any], str, Any, str]  # a dict, a key, what it holds, and the name of it in words
 
 
@@ -33,7 +34,8 @@ class Watch:
     """What the programs of a block are bound to, made by `with Watch.during(model, guide) as watch:` around a run of them.
 
     It knows the modules that are, or lie under, the programs (wrapped ones, methods, partials and closures included), those
-    whose forward ran in the block, and the entries of Pyro's store that were asked for in it; not other threads'.
+    whose forward ran in the block, and the entries of Pyro's store that were asked for in it; not other threads'. Of a module
+    it knows parameters, buffers, parts, whether it is training, and the tensors and floats among its attributes.
 
     Attributes:
         rebound: what the block itself has bound to another tensor, in words, or None. A replay would not bind it again. What
@@ -51,7 +53,8 @@ class Watch:
         self._rebound: list[Slot] = []
         self._parameters: list[Tensor] = []
         self._words: list[str] = []
-        self._natures: list[tuple[Any, ...]] = []
+        self._learn: list[bool] = []
+        self._dtypes: list[torch.dtype] = []
 
     @classmethod
     @contextmanager
@@ -82,13 +85,17 @@ class Watch:
         """
         try:
             for holder, key, thing, words in self._slots:
-                if holder[key] is not thing:
+                if holder[key] is not thing and not (type(thing) is float and _equal(holder[key], thing)):
                     return _rebinding(holder, key, thing, words)
         except KeyError:
             return _rebinding(holder, key, thing, words)
-        if list(map(_nature, self._parameters)) != self._natures:
-            pairs = zip(self._parameters, self._natures, self._words, strict=True)
-            return next(_another_nature(_nature(p), was, words) for p, was, words in pairs if _nature(p) != was)
+        learn, dtypes = list(map(_requires_grad, self._parameters)), list(map(_dtype, self._parameters))
+        if learn != self._learn:
+            i = next(i for i, (a, b) in enumerate(zip(learn, self._learn, strict=True)) if a != b)
+            return f"the {self._words[i]} requires {'a' if learn[i] else 'no'} gradient now"
+        if dtypes != self._dtypes:
+            i = next(i for i, (a, b) in enumerate(zip(dtypes, self._dtypes, strict=True)) if a != b)
+            return f"the {self._words[i]} is {dtypes[i]} and was {self._dtypes[i]}"
         return None
 
     def restore(self) -> None:
@@ -103,7 +110,8 @@ class Watch:
         family.name_by(names)
         self._rebound = [s for s in family.slots() if isinstance(s[2], Tensor) and s[0].get(s[1]) is not s[2]]
         self.rebound = next((_rebinding(*slot) for slot in self._rebound if slot[2].grad_fn is None), None)
-        own = {(id(slot[0]), slot[1]) for slot in self._rebound}
+        floats = [s for s in family.slots() if type(s[2]) is float and s[0].get(s[1]) is not s[2]]
+        own = {(id(slot[0]), slot[1]) for slot in (*self._rebound, *floats)}
         self._slots = [slot for slot in family.slots(now=True) if (id(slot[0]), slot[1]) not in own]
         if names:
             self._slots.append((vars(store), "_params", store._params, "Pyro's param store"))
@@ -111,7 +119,7 @@ class Watch:
         held = {id(slot[2]): slot for slot in reversed(self._slots) if isinstance(slot[2], Tensor)}
         parameters = [slot for slot in reversed(held.values()) if slot[3].startswith("parameter")]
         self._parameters, self._words = [slot[2] for slot in parameters], [slot[3] for slot in parameters]
-        self._natures = [_nature(p) for p in self._parameters]
+        self._learn, self._dtypes = [p.requires_grad for p in self._parameters], [p.dtype for p in self._parameters]
         self.devices = {slot[2].device for slot in held.values() if not slot[3].startswith("attribute")}
         self.evaluating = family.evaluating()
 
@@ -149,10 +157,10 @@ class _Family:
         """Name the modules that no program holds as `pyro.module` names their parameters."""
         for stranger in self.strangers:
             for path, parameter in stranger.named_parameters():
-                name, mark, rest = store.get(id(parameter), "").partition("$$$")
-                if mark and rest == path:
+                full = store.get(id(parameter), "").replace("$$$", ".")
+                if full.endswith(f".{path}"):
                     for inner, module in stranger.named_modules():
-                        self.names[id(module)] = (".".join(filter(None, (name, inner))), module)
+                        self.names[id(module)] = (".".join(filter(None, (full.removesuffix(f".{path}"), inner))), module)
                     break
 
     def slots(self, *, now: bool = False) -> Iterator[Slot]:
@@ -165,7 +173,7 @@ class _Family:
                     if holder is vars(module):
                         if key == "training":
                             yield holder, key, thing, self.words(module)
-                        elif isinstance(thing, Tensor):
+                        elif isinstance(thing, Tensor) or type(thing) is float:
                             yield holder, key, thing, f"attribute {at + key!r}"
                     else:
                         kind = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "module"}[_kind(module, holder)]
@@ -192,8 +200,9 @@ class _Asked(Messenger):
         self.names.append(msg["name"])
 
 
-def _holders(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return vars(module), module._parameters, module._buffers, module._modules
+def _holders(module: nn.Module) -> list[dict[str, Any]]:
+    holders = vars(module), module._parameters, module._buffers, module._modules
+    return [holder for holder in holders if isinstance(holder, dict)]  # scripted modules have others, made at each call
 
 
 def _kind(module: nn.Module, holder: dict[str, Any]) -> str:
@@ -232,6 +241,8 @@ def _modules_of(program: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]
 
 def _rebinding(holder: dict[str, Any], key: str, old: Any, words: str) -> str:
     new = holder.get(key, _MISSING)
+    if type(old) is float and isinstance(new, Number):
+        return f"the {words} is {new!r} and was {old!r}"
     if key == "training":
         return f"the {words} was {_mode(old)} and is {_mode(new)}"
     if words == "Pyro's param store":
@@ -240,15 +251,12 @@ def _rebinding(holder: dict[str, Any], key: str, old: Any, words: str) -> str:
         return f"the {words} is gone"
     if old is None:
         return f"the {words} is new"
-    return f"the {words} is another {'module' if isinstance(old, nn.Module) else 'tensor'}"
+    kind = "module" if isinstance(new, nn.Module) else "tensor" if isinstance(new, Tensor) else type(new).__name__
+    return f"the {words} is another {kind}" if isinstance(new, type(old)) else f"the {words} is a {kind} now"
 
 
-def _another_nature(now: tuple[Any, ...], was: tuple[Any, ...], words: str) -> str:
-    if now[0] != was[0]:
-        return f"the {words} requires {'a' if now[0] else 'no'} gradient now"
-    if now[1] != was[1]:
-        return f"the {words} is {now[1]} and was {was[1]}"
-    return f"the {words} is on another device"
+def _equal(a: Any, b: float) -> bool:
+    return isinstance(a, Number) and (a == b or (a != a and b != b))
 
 
 def _mode(training: bool) -> str:  # noqa: FBT001

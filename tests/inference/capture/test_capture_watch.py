@@ -1,6 +1,7 @@
 """What a captured run is bound to, and the signature of its arguments."""
 
 import functools
+import warnings
 from collections import OrderedDict, namedtuple
 
 import pyro
@@ -32,7 +33,7 @@ class Net(nn.Module):
         self.encoder = nn.Linear(2, 2)
         self.decoder = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
         self.register_buffer("mean", torch.zeros(2))
-        self.shift = torch.ones(2)
+        self.shift, self.beta, self.calls = torch.ones(2), 0.5, 0
 
     def forward(self, x):
         return self.decoder(self.encoder(x - self.mean) + self.shift)
@@ -180,6 +181,8 @@ BINDINGS = {
     "eval of all": (lambda net: net.eval(), "the module Net was training and is in evaluation mode"),
     "frozen": (lambda net: net.encoder.requires_grad_(False), "the parameter 'encoder.weight' requires no gradient now"),
     "dtype": (lambda net: net.encoder.float(), "the parameter 'encoder.weight' is torch.float32 and was torch.float64"),
+    "float": (_set("decoder.0", "momentum", 0.2), "the attribute 'decoder.0.momentum' is 0.2 and was 0.1"),
+    "a float no more": (_set("", "beta", torch.ones(())), "the attribute 'beta' is a tensor now"),
     "deleted": (lambda net: delattr(net, "mean"), "the buffer 'mean' is gone"),
 }
 
@@ -203,6 +206,7 @@ def test_contents_may_change_in_place():
         optimizer.step()
     net.encoder.weight.data = torch.ones(2, 2)
     net.mean.fill_(3.0)
+    net.beta, net.calls = float("0.5"), 3
     net.load_state_dict(Net().state_dict())
     assert watch.change() is None
     assert watch.rebound is None
@@ -261,6 +265,16 @@ def test_a_module_that_only_runs_is_named_as_pyro_module_names_it():
     HIDDEN["net"].decoder.train()
     HIDDEN["net"].mean = torch.ones(2)
     assert watch.change() == "the buffer 'vae.mean' is another tensor"
+
+
+def test_a_part_that_only_runs_is_named_as_pyro_module_names_it():
+    def program(x):
+        pyro.module("vae", HIDDEN["net"])
+        return HIDDEN["net"].decoder(x)
+
+    watch = watched(program)
+    HIDDEN["net"].decoder[0].running_mean = torch.ones(2)
+    assert watch.change() == "the buffer 'vae.decoder.0.running_mean' is another tensor"
 
 
 def test_a_module_that_only_runs_is_named_by_its_class_otherwise():
@@ -396,6 +410,30 @@ def test_an_activation_that_is_kept_is_no_state():
     assert watch.rebound is None
     stash(X)
     assert watch.change() is None
+
+
+def test_a_float_that_the_run_itself_changes_is_left_out():
+    class Timer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seconds = 0.0
+
+        def forward(self, x):
+            self.seconds += 1.5
+            return x
+
+    timer = Timer()
+    watch = watched(timer)
+    timer(X)
+    assert watch.change() is None
+    assert watch.rebound is None
+
+
+def test_scripted_modules_are_passed_over():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        scripted = torch.jit.script(nn.Linear(2, 2).double())
+    assert watched(nn.Sequential(scripted)).change() is None
 
 
 def test_modules_that_ran_in_evaluation_mode():
