@@ -12,7 +12,9 @@ from pyrovae.distributions.chains import PersistentChains
 from pyrovae.distributions.undirected import INSTEAD, Undirected
 from pyrovae.ops import boltzmann_log_partition, boltzmann_moments, boltzmann_sweep, check_enumerable, sample_boltzmann
 from pyrovae.ops.boltzmann import allowed_asymmetry
+from pyrovae.ops.opaque import run_whole
 from pyrovae.ops.states import index_to_codes
+from pyrovae.ops.tracing import capturing
 
 
 class BoltzmannMachine(Undirected):
@@ -119,7 +121,15 @@ class BoltzmannMachine(Undirected):
     @torch.no_grad()
     def sweep(self, states: Tensor, num_sweeps: int) -> None:
         """Move states `[C, n]` on by Gibbs, units that are not coupled together, in place."""
-        boltzmann_sweep(states, self.J, self.b, num_sweeps=num_sweeps)
+
+        def swept(x: Tensor, J: Tensor, b: Tensor) -> tuple[Tensor]:
+            boltzmann_sweep(x := x.clone(), J, b, num_sweeps=num_sweeps)
+            return (x,)
+
+        if capturing():  # which units are drawn together depends on J
+            states.copy_(run_whole(swept, states, self.J, self.b)[0])
+        else:
+            boltzmann_sweep(states, self.J, self.b, num_sweeps=num_sweeps)
 
     def _exact_log_partition(self) -> Tensor:
         self._check_enumerable()

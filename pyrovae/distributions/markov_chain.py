@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
 from pyrovae.ops.states import index_to_codes
+from pyrovae.ops.tracing import capturing
 
 _MAX_STATES = 2**20  # of paths that `enumerate_support` lists
 _MAX_TABLE = 2**22  # of numbers that sampling holds at once to save time
@@ -207,18 +208,23 @@ def _log_rows(probs: Tensor | None, logits: Tensor | None, name: str) -> Tensor:
     given = probs if logits is None else logits
     if not isinstance(given, Tensor) or given.dim() < 1 or given.shape[-1] < 1:
         raise ValueError(f"expected {name} as a tensor [..., K], got {given!r}")
-    with torch.no_grad():
-        total = given.detach().sum(-1) if logits is None else given.detach().amax(-1)
-        bad = ~torch.isfinite(total)
-        bad |= (given.detach() < 0).any(-1) | (total <= 0) if logits is None else given.detach().isnan().any(-1)
-        if bool(bad.any()):
-            what = "probabilities >= 0 with a positive sum" if logits is None else "logits with a finite largest one"
-            raise ValueError(f"expected {name} rows of {what}, got {int(bad.sum())} of {bad.numel()} rows that are not")
+    if not capturing():
+        _check_rows(given.detach(), name, logits=logits is not None)
     if probs is None:
         assert logits is not None
         return torch.log_softmax(logits, -1)
     probs = probs / probs.sum(-1, keepdim=True)
     return torch.where(probs > 0, torch.where(probs > 0, probs, 1.0).log(), -torch.inf)
+
+
+def _check_rows(given: Tensor, name: str, *, logits: bool) -> None:
+    with torch.no_grad():
+        total = given.amax(-1) if logits else given.sum(-1)
+        bad = ~torch.isfinite(total)
+        bad |= given.isnan().any(-1) if logits else (given < 0).any(-1) | (total <= 0)
+        if bool(bad.any()):
+            what = "logits with a finite largest one" if logits else "probabilities >= 0 with a positive sum"
+            raise ValueError(f"expected {name} rows of {what}, got {int(bad.sum())} of {bad.numel()} rows that are not")
 
 
 def _cumulative(log_rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -21,6 +22,10 @@ def check_temperature(temperature: Any) -> None:
     Raises:
         ValueError: saying so.
     """
+    if isinstance(temperature, Real):
+        if not 0 < float(temperature) < math.inf:
+            raise ValueError(f"expected a positive, finite temperature, got {temperature:g}; values from 0.1 to 1 are usual")
+        return
     t = torch.as_tensor(temperature)
     if not bool(((t > 0) & torch.isfinite(t)).all()):
         got = f"{float(t):g}" if t.dim() == 0 else f"values from {float(t.min()):g} to {float(t.max()):g}"

@@ -13,6 +13,7 @@ from torch.distributions import constraints
 from pyrovae.distributions.chains import PersistentChains
 from pyrovae.ops import is_enumerable
 from pyrovae.ops.states import index_to_codes
+from pyrovae.ops.tracing import capturing
 
 PartitionIs = Literal["exact", "given", "unknown"]
 
@@ -131,7 +132,7 @@ class Undirected(TorchDistribution):
             ValueError: for one that is not finite, or of another shape.
         """
         value = torch.as_tensor(log_partition).to(self._like)
-        if not bool(torch.isfinite(value).all()):
+        if not capturing() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"expected a finite log_partition, got {log_partition}; is it that of these parameters?")
         _check_shape(value, self.batch_shape)
         new = self.expand(self.batch_shape)

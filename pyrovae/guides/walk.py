@@ -23,6 +23,7 @@ from pyrovae.handlers import own_params
 from pyrovae.handlers.rewrite import MARK, values_of
 from pyrovae.handlers.structure import Latent, is_subsample
 from pyrovae.ops import isolated_rng
+from pyrovae.ops.tracing import capturing, unrecorded
 
 Rows = Callable[[Latent, Mapping[int, Any], Mapping[str, Tensor]], Tensor]
 
@@ -118,6 +119,9 @@ class _Meeting(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if is_subsample(msg) and msg["value"] is not None:
             self.given[msg["name"]] = torch.as_tensor(msg["value"])
+        if capturing() and msg["value"] is None:  # a draw by which the run goes on, and of which nothing is kept
+            with unrecorded():
+                msg["value"] = msg["fn"]()
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.waiting and not msg["is_observed"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrovae.distributions import GreyLevels, RelaxedBernoulli, RelaxedOneHotCategorical
 from pyrovae.distributions.parameters import check_temperature
+from pyrovae.ops.tracing import capturing
 
 Values = Literal["soft", "hard"]
 MARK = "pyrovae_values"  # in `infer`: whether a site draws soft or hard values
@@ -89,6 +90,8 @@ def values_of(fn: Any) -> Values | None:
 
 def _kind(fn: Any, value: Any) -> Values | None:
     """What values look like: soft ones of a Bernoulli or category are never all 0 or 1."""
+    if capturing():
+        return None
     if not isinstance(value, Tensor) or value.device.type != "cpu" or not value.numel() or innermost(fn).event_shape == (1,):
         return None
     return "hard" if bool(((value == 0) | (value == 1)).all()) else "soft"

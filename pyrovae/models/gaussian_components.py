@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.models.components import Components
+from pyrovae.ops.tracing import unrecorded
 
 Covariance = Literal["full", "diagonal", "spherical"]
 _CANCELLATION = 1e-4  # a variance below this share of the mean square is summed anew around its own mean
@@ -128,7 +129,7 @@ class GaussianComponents(Components):
         precision = (-2 * self.log_scale).exp().expand(self.loc.shape)
         centre = self.loc.detach().mean(0)
         shifted, mean = x - centre, self.loc - centre
-        with torch.no_grad():
+        with torch.no_grad(), unrecorded():
             far = torch.maximum(shifted.abs().flatten(0, -2).amax(0), mean.abs().amax(0)).square() @ precision.amax(0)
         if x.dtype != torch.float64 or not float(far) < 1e4:
             return None

@@ -25,6 +25,7 @@ from pyrovae.models.gaussian_components import Covariance, GaussianComponents
 from pyrovae.models.mixture import check_sizes
 from pyrovae.models.program import data_plate
 from pyrovae.ops import Chain
+from pyrovae.ops.tracing import capturing
 
 Emission = Literal["categorical", "bernoulli", "gaussian"]
 
@@ -251,7 +252,7 @@ class HiddenMarkovModel(Module):
         """The data; a copy only for another dtype, or where padding, though masked, would spoil gradients."""
         x = x if self.emission.event_dim == 0 else x.to(self.initial)
         spoilt = ~(seen | self.emission.possible(x))
-        if not bool(spoilt.any()):
+        if not capturing() and not bool(spoilt.any()):
             return x
         return torch.where(spoilt if self.emission.event_dim == 0 else spoilt.unsqueeze(-1), x[:1, :1], x)
 
@@ -265,7 +266,7 @@ class HiddenMarkovModel(Module):
             return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if lengths.shape != x.shape[:1] or lengths.is_floating_point():
             raise ValueError(f"expected lengths as integers [{len(x)}], got {lengths.dtype} {list(lengths.shape)}")
-        if not bool(((lengths >= 1) & (lengths <= x.shape[1])).all()):
+        if not capturing() and not bool(((lengths >= 1) & (lengths <= x.shape[1])).all()):
             raise ValueError(
                 f"expected lengths from 1 to {x.shape[1]}, got {int(lengths.min())} to {int(lengths.max())}; drop empty "
                 "sequences, and pad x to the longest"

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from pyrovae.ops.inverse_cdf import draw_pairs
 from pyrovae.ops.once import only_once
+from pyrovae.ops.opaque import apply_whole, run_whole
 from pyrovae.ops.partition import MAX_BITS, check_enumerable
 from pyrovae.ops.states import index_to_codes
+from pyrovae.ops.tracing import capturing
 
 
 def boltzmann_log_partition(couplings: Tensor, biases: Tensor, *, max_bits: int = MAX_BITS) -> Tensor:
@@ -48,7 +50,7 @@ def boltzmann_log_partition(couplings: Tensor, biases: Tensor, *, max_bits: int 
         tensor(2.0794)
     """
     _check(couplings, biases, max_bits, "an estimate with an interval, pyrovae.inference.AIS,")
-    return _LogPartition.apply(couplings, biases)
+    return apply_whole(_LogPartition, couplings, biases)
 
 
 def boltzmann_moments(couplings: Tensor, biases: Tensor, *, max_bits: int = MAX_BITS) -> tuple[Tensor, Tensor]:
@@ -99,10 +101,15 @@ def sample_boltzmann(
     """
     _check(couplings, biases, max_bits, "chains of Gibbs sweeps or pyrovae.inference.ParallelTempering")
     with torch.no_grad():
-        flat = biases.reshape(biases.shape[:-1].numel(), biases.shape[-1])
-        draws = [_Halves(couplings, b[None]).sample(0, n, generator) for b in flat]
-        out = torch.stack(draws, 1) if draws else couplings.new_empty(0)
-        return out.reshape(n, *biases.shape).to(couplings.dtype)
+        (draws,) = run_whole(lambda J, b: (_sample(J, b, n, generator),), couplings, biases)
+    return draws
+
+
+def _sample(couplings: Tensor, biases: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    flat = biases.reshape(biases.shape[:-1].numel(), biases.shape[-1])
+    draws = [_Halves(couplings, b[None]).sample(0, n, generator) for b in flat]
+    out = torch.stack(draws, 1) if draws else couplings.new_empty(0)
+    return out.reshape(n, *biases.shape).to(couplings.dtype)
 
 
 _SIDE = 2**9  # rows and columns of a tile
@@ -284,13 +291,18 @@ def _check(couplings: Tensor, biases: Tensor, max_bits: int, instead: str) -> No
     if biases.ndim == 0 or biases.shape[-1] != n:
         raise ValueError(f"expected biases of shape (…, {n}) for {n} units, got {tuple(biases.shape)}; give one to each unit")
     couplings, biases = couplings.detach(), biases.detach()
+    if not capturing():
+        _check_values(couplings, biases)
+    check_enumerable(n, 1, couplings.dtype, instead, max_bits=max_bits)
+
+
+def _check_values(couplings: Tensor, biases: Tensor) -> None:
     for name, tensor in {"couplings": couplings, "biases": biases}.items():
         if not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise ValueError(f"expected finite {name}, got {count} values that are not; check what made them")
-    asymmetry = float((couplings - couplings.T).abs().max()) if n else 0.0
+    asymmetry = float((couplings - couplings.T).abs().max()) if len(couplings) else 0.0
     if asymmetry > allowed_asymmetry(couplings):
         raise ValueError(f"expected symmetric couplings, got J and Jᵀ {asymmetry:.1e} apart; use (J + Jᵀ) / 2")
     if couplings.diagonal().any():
         raise ValueError("expected a zero diagonal of couplings, got another; x_i² = x_i: add half of it to the biases")
-    check_enumerable(n, 1, couplings.dtype, instead, max_bits=max_bits)

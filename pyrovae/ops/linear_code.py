@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrovae.ops.opaque import apply_whole
 from pyrovae.ops.states import index_to_codes
 
 _SMALLEST = 1e-250  # sums below lose digits to underflow: 2^H terms of 1e-308 count 1e-50 of it
@@ -46,8 +47,7 @@ def linear_code_logsumexp(drive: Tensor, table: Tensor, *, max_bytes: int = 2**2
         >>> linear_code_logsumexp(drive, table).exp().round().tolist()
         [4.0, 4.0, 4.0]
     """
-    found: Tensor = _LogSumExp.apply(drive, table, max_bytes)
-    return found
+    return apply_whole(_LogSumExp, drive, table, max_bytes)
 
 
 class LinearCodes:

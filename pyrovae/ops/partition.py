@@ -15,7 +15,9 @@ from torch import Tensor
 
 from pyrovae.ops.inverse_cdf import draw_pairs
 from pyrovae.ops.once import only_once
+from pyrovae.ops.opaque import apply_whole, run_whole
 from pyrovae.ops.split_half import Block, Gradient, SplitHalf
+from pyrovae.ops.tracing import capturing
 
 MAX_BITS = 30
 MAX_SECONDS = 120  # of an enumeration with the default `max_bits`
@@ -58,7 +60,7 @@ def rbm_log_partition(
         tensor(3.4657)
     """
     _check(weight, visible_bias, hidden_bias, max_bits, _AIS)
-    return _RbmLogPartition.apply(weight, visible_bias, hidden_bias, max_bytes)
+    return apply_whole(_RbmLogPartition, weight, visible_bias, hidden_bias, max_bytes)
 
 
 def rbm_moments(
@@ -122,7 +124,8 @@ def sample_rbm(
     """
     _check(weight, visible_bias, hidden_bias, max_bits, "chains of block Gibbs or pyrovae.inference.ParallelTempering")
     with torch.no_grad():
-        return _Side(weight, visible_bias, hidden_bias, max_bytes).sample(n, generator)
+        v, h = run_whole(lambda W, b, c: _Side(W, b, c, max_bytes).sample(n, generator), weight, visible_bias, hidden_bias)
+    return v, h
 
 
 def softplus_sums(
@@ -152,7 +155,7 @@ def softplus_sums(
     """
     _check_tensors(weight, {"bias": bias}, {"bias": 1})
     check_enumerable(weight.shape[0], weight.shape[1], weight.dtype, "Gibbs sampling or a variational guide", max_bits=max_bits)
-    return _SoftplusSums.apply(weight, bias, dtype or weight.dtype, max_bytes)
+    return apply_whole(_SoftplusSums, weight, bias, dtype or weight.dtype, max_bytes)
 
 
 def is_enumerable(bits: int, units: int, dtype: torch.dtype, *, max_bits: int = MAX_BITS) -> bool:
@@ -322,7 +325,7 @@ def _check_tensors(weight: Tensor, biases: dict[str, Tensor], sides: dict[str, i
                 f"expected {name} of shape ({weight.shape[sides[name]]},) for weights of shape {tuple(weight.shape)}, got "
                 f"{tuple(bias.shape)}; transpose the weights or exchange the biases"
             )
-    for name, tensor in {"weights": weight, **biases}.items():
+    for name, tensor in {} if capturing() else {"weights": weight, **biases}.items():
         if not tensor.isfinite().all():
             raise ValueError(
                 f"expected finite {name}, got {int((~tensor.isfinite()).sum())} values that are not; check the fit"

@@ -17,6 +17,7 @@ from pyrovae.inference.exact.enumeration import Enumeration
 from pyrovae.inference.exact.routes import FoundRoute, find_route
 from pyrovae.inference.fit import root_module
 from pyrovae.inference.log_joint import log_likelihood
+from pyrovae.ops.tracing import capturing, unrecorded
 
 Program = Callable[..., Any]
 
@@ -56,16 +57,18 @@ class ExactLikelihood(pyro.infer.ELBO):
         if found is not None:
             announce(found.task.structure.leaves)
             return -found.log_evidence().sum() * _rows_for_each(found.task.structure)
-        with torch.no_grad():
+        with torch.no_grad(), unrecorded():
             structure = read_structure(model, args, kwargs)
+        if capturing():
+            _check_capturable(structure)
         check_normalized(structure, "ExactLikelihood")
-        if torch.is_grad_enabled() and not self._warned:
+        if torch.is_grad_enabled() and not self._warned and not capturing():
             warn_of_energies(model, args, kwargs, structure)
             self._warned = True
         if not structure.latents:
             announce(structure.leaves)
             return -log_likelihood(model, args, kwargs, structure).sum() * _rows_for_each(structure)
-        with torch.no_grad():
+        with torch.no_grad(), unrecorded():
             method, size = "ExactLikelihood", self.max_bytes
             space = Enumeration(model, args, kwargs, max_bytes=size, method=method, structure=structure)
         announce(space.structure.leaves)
@@ -111,6 +114,14 @@ class ExactLikelihood(pyro.infer.ELBO):
 
     def _get_trace(self, model: Program, guide: Program | None, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("ExactLikelihood sums over states and draws no traces")
+
+
+def _check_capturable(structure: Structure) -> None:
+    """Refuse what would be the same at every replay and should not be."""
+    for name in structure.random_plates:
+        raise RuntimeError(f"the plate {name!r} draws its rows, which an enumeration fixes for a run; pass them as an argument")
+    if any(isinstance(scale, Tensor) for scale in structure.scales.values()):
+        raise RuntimeError("poutine.scale has a tensor, which an enumeration compares between sites; scale by a number")
 
 
 def _rows_for_each(structure: Structure) -> float:

@@ -19,6 +19,8 @@ from pyrovae.inference.exact.factors import dot
 from pyrovae.inference.posterior import Posterior, Program, States
 from pyrovae.ops import Chain, index_to_codes
 from pyrovae.ops.forward_backward import Counts, ForwardBackward, forward_backward
+from pyrovae.ops.opaque import apply_whole
+from pyrovae.ops.tracing import capturing
 
 if TYPE_CHECKING:
     from pyrovae.inference.exact.routes import Task
@@ -69,9 +71,8 @@ class ChainRoute:
 
     def log_evidence(self, record: Chain, task: Task) -> Tensor:
         """Log p(x) `[B]`; its gradient is that of the posterior's expected log joint, from the same messages."""
-        log_evidence: Tensor = _LogEvidence.apply(
-            record.log_initial, record.log_transition, record.log_likelihood, record.lengths
-        )
+        chain = (record.log_initial, record.log_transition, record.log_likelihood, record.lengths)
+        log_evidence = apply_whole(_LogEvidence, *chain)
         _check_numbers(log_evidence.detach())
         return log_evidence
 
@@ -261,5 +262,5 @@ def _check_numbers(log_evidence: Tensor) -> None:
     Raises:
         ValueError: for NaN.
     """
-    if bool(log_evidence.isnan().any()):
+    if not capturing() and bool(log_evidence.isnan().any()):
         raise ValueError("expected numbers for log p(x), got NaN; look for infinite or NaN parameters and data")

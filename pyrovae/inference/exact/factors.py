@@ -24,6 +24,7 @@ from torch.distributions.utils import probs_to_logits
 
 from pyrovae.distributions.undirected import Undirected
 from pyrovae.handlers.structure import Site, both, unmask
+from pyrovae.ops.tracing import capturing, unrecorded
 
 
 class Bilinear(NamedTuple):
@@ -107,7 +108,7 @@ def site_factor(site: Site, ndim: int, *, plain: bool = False) -> Factor:
     mask = both(mask, site.mask) if site.observed else None  # the factor of a latent always integrates to 1
     value = site.value
     factor = Factor(site.name, site.plate_dims, ndim, _parameter_dtype(fn))
-    if isinstance(mask, Tensor) and not bool(mask.any()):
+    if isinstance(mask, Tensor) and not capturing() and not bool(mask.any()):
         mask = False
     if isinstance(mask, Tensor):
         factor.mask = _pad(mask, ndim)
@@ -194,7 +195,9 @@ def _thin_family(fn: Any, value: Tensor, ndim: int) -> Bilinear | None:
         log_normalizer = log_normalizer.sum(summed) if events else log_normalizer
     if isinstance(log_base, Tensor):
         log_base = _pad(log_base.sum(summed) if events else log_base, ndim)
-    if not math.isfinite(float(eta.detach().sum())):  # a sum is finite only where every term is
+    with unrecorded():
+        total = float(eta.detach().sum())
+    if not math.isfinite(total):  # a sum is finite only where every term is
         return None
     return Bilinear(eta, statistic, _pad(log_normalizer, ndim), log_base)
 
@@ -296,14 +299,14 @@ def _show_only(value: Any, mask: Tensor, events: int) -> Any:
     batch = torch.broadcast_shapes(value.shape[: value.dim() - events], mask.shape)
     wide = value.expand(batch + value.shape[value.dim() - events :])
     visible = mask.expand(batch)
-    row = wide.reshape((-1,) + wide.shape[len(batch) :])[visible.reshape(-1).int().argmax()]
+    row = wide.reshape((-1,) + wide.shape[len(batch) :]).index_select(0, visible.reshape(-1).int().argmax().reshape(1))[0]
     return torch.where(visible.reshape(batch + (1,) * events), wide, row)
 
 
 def _masked_elements(fn: Any, value: Tensor, mask: Tensor) -> Tensor:
     """Log p of a vector of which single elements are masked, as by `.mask(m).to_event(1)`."""
     base, events = fn.base_dist, fn.reinterpreted_batch_ndims
-    if not bool(mask.any()):
+    if not capturing() and not bool(mask.any()):
         return value.new_zeros(())
     table = torch.where(mask, base.log_prob(_show_only(value, mask, len(base.event_shape))), 0.0)
     return table.flatten(table.dim() - events).sum(-1)

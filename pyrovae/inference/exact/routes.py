@@ -22,6 +22,7 @@ from pyrovae.inference.exact.declaration import check_declaration
 from pyrovae.inference.exact.factorial import FactorialRoute
 from pyrovae.inference.exact.linear_code import LinearCodeRoute, check_finite
 from pyrovae.inference.posterior import Posterior, Program
+from pyrovae.ops.tracing import capturing, unrecorded
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,10 @@ def find_route(
     names = [name for name in ROUTES if declares(model, name, *_arguments(name, args, kwargs))]
     if not names or not args or not isinstance(args[0], Tensor):
         return None
-    if "layers" in names and (record := declared(model, "layers")) is not None:
+    if "layers" in names and not capturing() and (record := declared(model, "layers")) is not None:
         check_finite(record)  # before the program runs into them
     if structure is None:
-        with torch.no_grad():
+        with torch.no_grad(), unrecorded():
             structure = read_structure(model, args, kwargs)
     if not _plain(structure):
         return None
@@ -136,7 +137,7 @@ def find_route(
     for name in names:
         record = _record(model, name, args, kwargs)
         if record is not None and ROUTES[name].fits(record, task):
-            if check:
+            if check and not capturing():
                 check_declaration(model, record, args, kwargs, structure)
             return FoundRoute(name, ROUTES[name], record, task)
     return None
