@@ -36,6 +36,8 @@ class OneOptimizer:
     Adam, AdamW, SGD and Adagrad take torch's fused form where nothing was said of it, which agrees to rounding; the others
     agree bitwise. Classes that are neither torch's nor Pyro's are stepped one by one, as Pyro does.
 
+    Cost: beside the step of all parameters, a comparison of each one's options with those of the step before.
+
     Args:
         optim: a `pyro.optim.PyroOptim`, or a function from parameters to a torch optimizer.
         leaves: the parameters, unconstrained, by their names in Pyro's parameter store.

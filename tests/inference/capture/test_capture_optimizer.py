@@ -438,6 +438,21 @@ def test_parameters_with_gaps_and_of_other_dtypes():
     torch.testing.assert_close(*paths, rtol=1e-6, atol=1e-7)
 
 
+def test_the_flag_by_which_fused_steps_are_skipped():
+    leaves, flag = parameters(), torch.zeros((), dtype=torch.float32)
+    one, before = (
+        OneOptimizer(partial(torch.optim.Adam, lr=0.1, fused=True), leaves),
+        [leaf.clone() for leaf in leaves.values()],
+    )
+    one.optimizer.found_inf, one.optimizer.grad_scale = flag, None
+    flag.fill_(1.0)
+    one.step(gradients(1)[0])
+    assert all(torch.equal(leaf, start) for leaf, start in zip(leaves.values(), before, strict=True))
+    flag.fill_(0.0)
+    one.step(gradients(1)[0])
+    assert not any(torch.equal(leaf, start) for leaf, start in zip(leaves.values(), before, strict=True))
+
+
 def test_gradients_are_gone_afterwards():
     leaves = parameters()
     one = OneOptimizer(pyro.optim.Adam({"lr": 0.1}), leaves)
