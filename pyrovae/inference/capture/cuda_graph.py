@@ -42,8 +42,8 @@ class CudaGraphStep:
     """A training step on one GPU, recorded after a few calls and replayed from then on.
 
     Parameters, state and the optimizer's tensors are read and written where they are; any that is replaced by another tensor
-    is replaced in vain. Python code of a step runs while it is recorded alone. Where a step cannot be recorded, as with a tensor
-    on the CPU, whose value would be fixed, a warning says why, and steps stay ordinary.
+    is replaced in vain. Python code of a step runs while it is recorded alone. Where a step cannot be recorded, as with a
+    tensor on the CPU, whose value would be fixed, a warning says why, and steps stay ordinary.
 
     Cost: memory of one step, which the graph keeps, and a copy of the inputs at every step.
 
@@ -168,6 +168,6 @@ def _recorder(tensors: Sequence[Tensor]) -> Recorder | None:
 
 def _refuse(found: str) -> None:
     warn(
-        f"expected a step that a CUDA graph can hold, got {found}; steps stay ordinary. Move data, parameters and 0-d schedules to "
-        "one GPU, or take backend='inductor', which records no CUDA graph"
+        f"expected a step that a CUDA graph can hold, got {found}; steps stay ordinary. Move data, parameters and 0-d "
+        "schedules to one GPU, or take backend='inductor', which records no CUDA graph"
     )
