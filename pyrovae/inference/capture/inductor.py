@@ -23,9 +23,9 @@ from pyrovae.inference.capture.graph import Graph
 
 Run = Callable[[Sequence[Tensor]], tuple[Tensor | None, ...]]
 
-# The model of `steps_to_pay`. Chosen, after times of VAEs on a two-core CPU; not derived.
-_COMPILE = 10.0, 0.03  # seconds: to begin with (C++ headers), and for each operation
-_SAVED = 15e-6, 5e9  # seconds that a fused operation saves, and bytes a second that it no longer writes and reads
+# The model of `steps_to_pay`: chosen near times of VAEs on a two-core CPU, not derived.
+_COMPILE = 5.0, 0.015  # seconds: to begin with (15 for the first graph on a machine, 1 with a full cache), and an operation
+_SAVED = 12e-6, 1e10  # seconds for each fused operation, and the bytes a second at which its result is no longer moved
 
 
 class CannotCompile(RuntimeError):
@@ -107,15 +107,26 @@ def _compiled(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., A
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
         patch = {"fallback_random": True, "triton.cudagraphs": False}
         with config.patch(patch), tracing(TracingContext(fake)), torch.no_grad():
-            return compile_fx(_copy(module), examples, ignore_shape_env=True)
+            run: Any = compile_fx(_copy(module), examples, ignore_shape_env=True)
+            return run
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy for Inductor, which changes its graph; without notes of where operations come from, which its cache would heed."""
+    """A copy for Inductor, which changes its graph; without notes of where operations come from, which its cache would heed.
+
+    Inductor draws `bernoulli` by comparing float32 uniforms, `bernoulli_` as eager torch does: the one is written as the other.
+    """
+    aten = torch.ops.aten
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         node.meta.clear()
+        if node.target is aten.bernoulli.default:
+            with graph.inserting_before(node):
+                place = graph.call_function(aten.empty_like.default, node.args[:1])
+                draw = graph.call_function(aten.bernoulli_.Tensor, (place, *node.args), node.kwargs)
+            node.replace_all_uses_with(draw)
+            graph.erase_node(node)
     return fx.GraphModule({}, graph)
 
 
