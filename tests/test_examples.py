@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = {
     "autoencoder_against_vae": 1000,
     "bayes_rule_digits": 60,
+    "captured_svi": 60,
     "explaining_away": 100,
     "deep_belief_net": 12,
     "forward_and_reverse_kl": 100,
