@@ -21,7 +21,7 @@ import torch
 from pyro.optim.multi import MultiOptimizer
 from pyro.optim.optim import _load_state_dict
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from pyrovae.inference.capture.together import Together, is_known
 
@@ -172,7 +172,7 @@ class OneOptimizer:
                     self._clips[clip.get("clip_norm"), clip.get("clip_value")].append(k)
         self._objects = list(optim.optim_objs.values())
         objects = [optim.optim_objs[leaf] for leaf in self._parameters]
-        return [made.optimizer if isinstance(made, (LRScheduler, ReduceLROnPlateau)) else made for made in objects]
+        return [made.optimizer if isinstance(made, LRScheduler) else made for made in objects]
 
     def _clipped(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Each gradient by its own norm, then by value, as `torch.nn.utils.clip_grad_norm_` does, in new tensors."""

@@ -13,6 +13,7 @@ from pyro.optim.multi import Newton
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyrovae.inference.capture.clipped_adam import ClippedAdam
 from pyrovae.inference.capture.optimizer import OneOptimizer
 from pyrovae.inference.capture.together import FUSED, Together
 
@@ -163,6 +164,9 @@ def test_clipped_adam_for_many(options):
     nan, stock = (run(method, pyro.optim.ClippedAdam({"lr": 0.05, **options}), given) for method in (OneOptimizer, Stock))
     assert nan[3].isnan().any()
     torch.testing.assert_close(nan, stock, rtol=0, atol=0, equal_nan=True)
+    one = OneOptimizer(pyro.optim.ClippedAdam({"lr": 0.05, **options}), parameters())
+    one.prepare()
+    assert type(one._together[0].optimizer) is ClippedAdam
     plain = run(OneOptimizer, pyro.optim.ClippedAdam({"lr": 0.05}), given[:3])
     assert not torch.equal(plain, stock[:3])
 
@@ -558,6 +562,22 @@ def test_state_is_not_made_inside_of_a_recording(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="take a step outside first"):
         one.step(gradients(1)[0])
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_nothing_is_taken_over_inside_of_a_recording(monkeypatch):
+    one = OneOptimizer(partial(torch.optim.Adam, lr=0.1), parameters())
+    one.make_capturable()
+    one.step(gradients(1)[0])
+    version, rate = one.version, one._together[0].optimizer.param_groups[0]["lr"]
+    one.optimizer.param_groups[0]["lr"] = 0.2
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    one.step(gradients(1)[0])
+    assert rate.item() == pytest.approx(0.1)
+    one.make_capturable()
+    assert one.prepare()
+    assert one.version == version
+    assert rate.item() == pytest.approx(0.2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
