@@ -6,6 +6,7 @@ returns the loss as its user would take it: stock SVI and `.step` a float, all o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from pyrovae.inference.variational.optimization import Optimization
 from pyrovae.models import CategoricalVAE, GaussianVAE, SigmoidBeliefNet
 
 TEMPERATURE = 0.5
+_serial = itertools.count()
 
 
 @dataclass
@@ -124,7 +126,7 @@ def stock(problem: Problem, rows: Sequence[Tensor], lr: float = 1e-3) -> Contest
 
 def stock_pyro(problem: Problem, rows: Sequence[Tensor], lr: float = 1e-3) -> Contestant:
     """The same SVI on a program of Pyro's distributions alone."""
-    program = _pyro_program(problem, "stock")
+    program = _pyro_program(problem)
     svi = SVI(program.model, program.guide, pyro.optim.Adam({"lr": lr}), problem.elbo())
     return Contestant(lambda i: svi.step(rows[i % len(rows)]), partial(synchronise, problem.device))
 
@@ -141,7 +143,7 @@ def captured(
 
 def captured_pyro(problem: Problem, rows: Sequence[Tensor], lr: float = 1e-3, *, backend: str = "auto") -> Contestant:
     """Our CapturedSVI on the program of Pyro's distributions alone."""
-    program = _pyro_program(problem, f"captured {backend}")
+    program = _pyro_program(problem)
     runs: list[object] = []
     program.net.encoder.register_forward_pre_hook(lambda *_: runs.append(None))
     svi = CapturedSVI(program.model, program.guide, pyro.optim.Adam({"lr": lr}), problem.elbo(), backend=backend)
@@ -215,7 +217,8 @@ def numpyro_lacks(device: str) -> str:
     return "" if found == wanted else f"JAX is on {found} and not on {wanted}"
 
 
-def _pyro_program(problem: Problem, name: str) -> Any:
+def _pyro_program(problem: Problem) -> Any:
+    name = str(next(_serial))
     if problem.family == "gaussian":
         program = pyro_gaussian_vae.Program(problem.latents, problem.visible, name)
     else:
