@@ -332,7 +332,7 @@ def test_what_an_automatic_guide_makes_when_it_first_runs():
     watch = watched(guide, model)
     assert watch.change() is None
     guide.locs.z.requires_grad_(False)
-    assert watch.change() == "the parameter 'locs.z' requires no gradient now"
+    assert watch.change() == "the parameter 'locs.z_unconstrained' requires no gradient now"
 
 
 def test_a_library_program_stays_what_it_is_over_steps():
