@@ -49,9 +49,7 @@ stock, decoder, seconds = fit(SVI)
 captured, same, fewer = fit(CapturedSVI)
 furthest = max(((a - b).norm() / a.norm()).item() for a, b in zip(decoder.parameters(), same.parameters(), strict=True))
 print(f"loss per image: {captured[0] / 100:.1f} at first, {sum(captured[-50:]) / 5000:.1f} over the last 50 steps")
-print(
-    f"{1e3 * seconds / steps:.2f} ms a step by stock SVI, {1e3 * fewer / steps:.2f} captured: {seconds / fewer:.1f} times as fast"
-)
+print(f"{1e3 * seconds / steps:.2f} ms by stock SVI, {1e3 * fewer / steps:.2f} captured ({seconds / fewer:.1f} times)")
 print(f"relative difference of the parameters: {furthest:.1e}")
 assert captured[0] == stock[0], "the first step is the eager one"
 assert furthest < 1e-2, "only the rounding of the fused optimizer lies between the two runs"

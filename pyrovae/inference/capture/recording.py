@@ -32,6 +32,7 @@ class Recording:
         device: where it runs.
         replay: gives loss and gradients: the graph, or its compiled form.
         step: also moves the parameters, as one CUDA graph; None elsewhere.
+        version: of the optimizer in `step`.
         exact: whether `replay` gives the bits of the eager programs.
         count: steps taken.
     """
@@ -43,6 +44,7 @@ class Recording:
     device: torch.device
     replay: Callable[[Sequence[Tensor]], Outputs] = field(init=False)
     step: CudaGraphStep | None = None
+    version: int = 0
     exact: bool = field(init=False)
     count: int = 0
 

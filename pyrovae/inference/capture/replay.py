@@ -38,12 +38,17 @@ class Recordable(Protocol):
         """Whether it may."""
         ...
 
+    @property
+    def version(self) -> int:
+        """Another number where a recorded graph no longer does the right step."""
+        ...
+
     def make_capturable(self) -> None:
         """Let it."""
         ...
 
     def prepare(self) -> bool:
-        """Take over what has changed outside; False where a recorded graph no longer does the right step."""
+        """Take over what has changed outside; False where a step is due that is in no graph."""
         ...
 
 
@@ -136,7 +141,9 @@ class Replay:
             return self._applied(outputs)
         optimizer = self.optimizer() if recording.device.type == "cuda" and self.backend in ("auto", "cudagraph") else None
         if optimizer is not None and optimizer.capturable:
-            return self._by_cuda_graph(recording, optimizer, tensors)(tensors)
+            optimizer.make_capturable()
+            if optimizer.prepare():
+                return self._by_cuda_graph(recording, optimizer, tensors)
         return self._applied(recording.replay(tensors))
 
     def _eagerly(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outputs:
@@ -254,14 +261,13 @@ class Replay:
             "torch's compiler, or a program that magnifies rounding",
         )
 
-    def _by_cuda_graph(self, recording: Recording, optimizer: Recordable, tensors: Sequence[Tensor]) -> CudaGraphStep:
-        """The CUDA graph of a step, recorded anew where the optimizer is no longer what it was."""
-        if recording.step is None:
-            optimizer.make_capturable()
-        if not optimizer.prepare() or recording.step is None:
-            state = recording.graph.state
-            recording.step = CudaGraphStep(recording.replay, self.apply, tensors, state=state, prepare=optimizer.prepare)
-        return recording.step
+    def _by_cuda_graph(self, recording: Recording, optimizer: Recordable, tensors: Sequence[Tensor]) -> Tensor:
+        """A step, optimizer included, in one CUDA graph, recorded anew where the optimizer is no longer what it was."""
+        if recording.step is None or recording.version != optimizer.version:
+            read = recording.graph.constants
+            recording.step = CudaGraphStep(recording.replay, self.apply, tensors, state=read, prepare=optimizer.prepare)
+            recording.version = optimizer.version
+        return recording.step(tensors)
 
     def _give_up(self, why: str) -> None:
         self._recordings.clear()
