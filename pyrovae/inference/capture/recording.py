@@ -88,6 +88,7 @@ def record(
     with Watch.during(*programs) as watch:
         whole = capture(function, tensors)
     if watch.rebound is not None:
+        watch.restore()
         raise CannotCapture(
             f"expected programs that change tensors in place, got a run that has replaced one: {watch.rebound}; write the new "
             "values with copy_, or run it eagerly"

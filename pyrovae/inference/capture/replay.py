@@ -224,6 +224,8 @@ class Replay:
 
     def _pays(self, recording: Recording) -> bool:
         """Whether to compile now; it depends on counts alone, so that a run can be repeated bit for bit."""
+        if self._num_recorded > MAX_GRAPHS:
+            return False  # the programs change too often
         if self.backend in ("inductor", "cudagraph"):
             return recording.count == 1
         if self.backend != "auto" or find_compiler() is None:

@@ -336,6 +336,16 @@ def test_programs_of_changing_structure_are_refused(model: Any, guide: Any, word
     assert math.isfinite(svi.step(x))
 
 
+def test_a_refused_program_keeps_what_it_had_bound() -> None:
+    model, x = Rebinding(), torch.ones(5)
+    svi = CapturedSVI(model, simple_guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(), backend="fx")
+    svi.step(x)
+    before = model.mean
+    with pytest.raises(CannotCapture, match="copy_"):
+        svi.step(x)
+    assert model.mean is before
+
+
 def test_many_kinds_of_arguments_run_eagerly_and_the_argument_is_named() -> None:
     def model(x: Tensor, spread: float) -> None:
         with pyro.plate("data", len(x)):
