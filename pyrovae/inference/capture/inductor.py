@@ -107,7 +107,8 @@ def _compiled(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., A
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
         patch = {"fallback_random": True, "triton.cudagraphs": False}
         with config.patch(patch), tracing(TracingContext(fake)), torch.no_grad():
-            run: Any = compile_fx(_copy(module), examples, ignore_shape_env=True)
+            fakes = [fake.from_tensor(tensor, static_shapes=True) for tensor in examples]
+            run: Any = compile_fx(_copy(module), fakes)
             return run
 
 
