@@ -35,9 +35,9 @@ class Guard:
 
     def __init__(self, optimizer: Any, device: torch.device, *, deferred: bool | None = None) -> None:
         self.deferred = device.type != "cpu" and skips(optimizer) if deferred is None else deferred
-        self.seen, self.last = 0, (0.0, 0.0)
+        self.steps, self.last = 0, (0.0, 0.0)
         if self.deferred:
-            self.found, self.ago, self.loss = (torch.zeros((), device=device) for _ in range(3))
+            self.found, self.ago, self.loss = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(3))
             optimizer.found_inf, optimizer.grad_scale = self.found, None
 
     @torch.no_grad()
@@ -50,16 +50,14 @@ class Guard:
         self.loss.copy_(torch.where(self.found > 0, self.loss, loss))
         self.found.copy_(torch.maximum(self.found, (~(loss.isfinite() & norm.isfinite())).to(self.found)))
         self.ago.add_(self.found)
-        self.seen += 1
 
-    @property
     def due(self) -> bool:
-        """Whether it is time for :meth:`read`."""
-        return self.deferred and self.seen >= EVERY
+        """Whether it is time for :meth:`read`; to be asked after every step."""
+        self.steps += 1
+        return self.deferred and self.steps % EVERY == 0
 
     def read(self) -> Fault | None:
         """The first step that failed, if one did; waits for the device."""
-        self.seen = 0
         if not self.deferred:
             return None if all(map(math.isfinite, self.last)) else Fault(self.last[0], 0)
         ago = round(float(self.ago))

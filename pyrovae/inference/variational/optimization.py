@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -21,12 +22,16 @@ from pyrovae.handlers.own_params import own_params
 from pyrovae.handlers.relax import relax
 from pyrovae.handlers.structure import read_structure
 from pyrovae.handlers.surrogate import surrogate
+from pyrovae.inference.capture.journal import undone
+from pyrovae.inference.capture.optimizer import OneOptimizer
+from pyrovae.inference.capture.replay import Replay
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
 from pyrovae.inference.fit import state_of
 from pyrovae.inference.log_prior import log_prior_of
 from pyrovae.inference.posterior import Program
 from pyrovae.inference.rows import minibatch_keys, take
 from pyrovae.inference.variational.batches import Batches, num_rows, take_index
+from pyrovae.inference.variational.capturing import chosen
 from pyrovae.inference.variational.fault import Moment, check_fault, explained, generators
 from pyrovae.inference.variational.gradients import broadcasts, discover, loss_and_gradients
 from pyrovae.inference.variational.guard import Guard
@@ -39,7 +44,6 @@ from pyrovae.inference.variational.pairing import (
 )
 from pyrovae.inference.variational.schedules import Average, Dial, make_optimizer, make_scheduler, names_in_store
 from pyrovae.inference.variational.true_bound import evaluating, modules_of
-from pyrovae.ops import isolated_rng
 
 if TYPE_CHECKING:
     from pyrovae.inference.variational.variational import Variational
@@ -99,6 +103,8 @@ class Optimization:
         self.average: Average | None = None
         self.learned: list[Tensor] = []
         self.guard: Guard | None = None
+        self.one: OneOptimizer | None = None
+        self.tell: Callable[[str], None] = lambda _: None
         self.borrowed: list[tuple[Tensor, Tensor | None]] = []
         if not self.named():
             raise ValueError("expected programs with parameters, got none; there is nothing to learn")
@@ -109,6 +115,19 @@ class Optimization:
         self.temperature = self._dial("temperature", method.temperature, 1.0 if method.surrogate else None)
         self.beta = self._dial("beta", None if method.beta == 1.0 else method.beta, None, zero=True)
         self.programs = self._programs()
+        epochs = (method.num_epochs or 0) * self.batches.per_epoch
+        self.num_steps = (method.num_steps or epochs or 1000) if learn_model else method.num_guide_steps
+        self.capture = chosen(method.capture, programs, self.elbo, self.num_steps)
+        self.replay = Replay(
+            partial(loss_and_gradients, self),
+            self._apply,
+            programs,
+            backend=self.capture,
+            num_steps=self.num_steps,
+            dry=self.capture != "fx",  # whose graph has the bits of an eager first step
+            optimizer=self._recordable,
+            tell=lambda text: self.tell(text),
+        )
 
     def __enter__(self) -> Optimization:
         self.borrowed = [(leaf, leaf.grad) for leaves in self.leaves.values() for leaf in leaves.values()]
@@ -141,15 +160,18 @@ class Optimization:
         waits = self.guard is None or not self.guard.deferred
         self.moment = Moment(step, batch, generators(self.device) if waits else None)
         with explained(self, self.moment):
-            outputs = loss_and_gradients(self, batch.args, batch.kwargs)
-            self._apply(outputs)
+            loss = self.replay.step(batch.args, batch.kwargs)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.average is not None:
+            self.average.update()
         self.evaluations += round(batch.rows * self._evaluations_a_row(batch.args, batch.kwargs))
-        if self.guard is not None and self.guard.due:
+        if self.guard is not None and self.guard.due():
             self.check()
-        return outputs[0]
+        return loss
 
-    def _apply(self, outputs: Sequence[Tensor]) -> None:
-        """Move the parameters by `(loss, norm, *gradients)`."""
+    def _apply(self, outputs: Sequence[Any]) -> None:
+        """Move the parameters by `(loss, norm, *gradients)`; on a GPU it may become part of a CUDA graph."""
         loss, norm, *gradients = outputs
         for leaf, gradient in zip(self.learned, gradients, strict=True):
             leaf.grad = gradient
@@ -184,7 +206,7 @@ class Optimization:
 
     def discover(self) -> None:
         """Run the objective once, moving nothing, so that its own parameters (a baseline's net) are known."""
-        with self, isolated_rng():
+        with self, undone():
             self.forget()
             discover(self, self.first, self.first_kwargs)
 
@@ -240,16 +262,21 @@ class Optimization:
 
     def _move(self) -> None:
         if not isinstance(self.optimizer, pyro.optim.PyroOptim):
-            self.optimizer.step()
+            if self.one is None:
+                self.optimizer.step()
+            else:
+                self.one.step([leaf.grad for leaf in self.learned])
         elif self.optimizer.optim_objs:
             self.optimizer(self.learned)
         else:
             with names_in_store(self.named()):
                 self.optimizer(self.learned)
-        if self.scheduler is not None:
-            self.scheduler.step()
-        if self.average is not None:
-            self.average.update()
+
+    def _recordable(self) -> OneOptimizer | None:
+        """The optimizer where its step may be part of a CUDA graph, which stops by a flag: then all moves by it."""
+        if self.one is None and self.guard is not None and self.guard.deferred:
+            self.one = OneOptimizer(lambda _: self.optimizer, self.named())
+        return self.one
 
     def _dial(self, name: str, schedule: Any, default: float | None, *, zero: bool = False) -> Dial | None:
         schedule = default if schedule is None else schedule

@@ -25,7 +25,7 @@ class Bar:
 
     def __init__(self, total: int, done: int = 0, what: str = "Variational", *, shown: bool) -> None:
         self.bar = tqdm(total=total, initial=done, desc=what, disable=not shown)
-        self.shown, self.step, self.next = shown, done, 0.0
+        self.what, self.shown, self.step, self.next = what, shown, done, 0.0
 
     def __enter__(self) -> Bar:
         return self
@@ -33,6 +33,10 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.bar.update(self.step - self.bar.n)
         self.bar.close()
+
+    def say(self, text: str) -> None:
+        """Say what takes time, or has taken it."""
+        self.bar.set_description(f"{self.what}, {text}")
 
     def tell(self, step: int, numbers: Callable[[], dict[str, Any]] | None = None) -> None:
         """So many steps are done; `numbers` are asked for where they are shown."""

@@ -176,6 +176,7 @@ def settings(method: Variational, run: Optimization, num_steps: int) -> dict[str
         "elbo": type(run.elbo).__name__,
         "num_particles": getattr(run.elbo, "num_particles", None),
         "device": str(run.device),
+        "capture": run.capture,
         **{name: plain(getattr(method, name)) for name in names},
     }
 

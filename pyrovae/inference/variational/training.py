@@ -74,7 +74,7 @@ class Training:
             for name, prints in self.data.items():
                 files.check_data(found.account["data"].get(name, []), prints, found.path)
         self.run = Optimization(method, model, args, kwargs, learn_model=True)
-        self.num_steps = method.num_steps or (method.num_epochs or 0) * self.run.batches.per_epoch or 1000
+        self.num_steps = self.run.num_steps
         self.every = method.log_every or max(1, self.num_steps // 20)
         self.training = self._bound(args, kwargs, max_rows=method.log_rows, indexed=self._indexed(kwargs))
         self.validation = None if held_out is None else self._held_out(held_out, kwargs)
@@ -102,6 +102,7 @@ class Training:
         stopped = "num_steps"
         self._write_log()
         bar = Bar(self.num_steps, self.step, shown=method.progress)
+        run.tell = bar.say
         with run, bar:
             while True:
                 if self._due():

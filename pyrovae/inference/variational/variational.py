@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyrovae.handlers.energy import warn_of_energies
 from pyrovae.handlers.structure import frozen_leaves, read_structure
+from pyrovae.inference.capture.replay import Backend, check_backend
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
 from pyrovae.inference.fit import Fit, check_penalty, root_module, snapshot
@@ -56,6 +57,16 @@ class Variational:
     `last` until `num_steps`, bit for bit as if it had never stopped, with the same data, device, versions and options; other
     data, configs of the programs or options that make another run are refused by name (functions are not compared). The
     optimizer's settings are those of the checkpoint. What a record had not yet seen is done again.
+
+    **Captured steps.** With `capture`, loss and gradients are recorded once as a flat graph of torch operations and replayed,
+    with fresh noise and the present parameters, schedules and buffers; see :class:`pyrovae.inference.CapturedSVI`. Bias: none.
+    "fx" gives every parameter and record the bits of eager steps (on the CPU); compiled ("inductor", and "auto" where it pays)
+    loss and gradients agree to 1e-5 of their norm, and a resumed run still has the bits of an uninterrupted one of the same
+    `num_steps`. Cost: about a millisecond an operation to record, some seconds to compile, which the progress bar tells. What
+    takes its course from values, replaces tensors instead of writing in them, or makes parameters later cannot be captured; a
+    Python number that changes is noticed at the 10th and every 200th step. `preprocess`, minibatches, averages and the
+    schedule of the learning rate stay outside of the graph. On a GPU no step waits for the device: a loss that is no number
+    stops all updates, and is told within 200 steps.
 
     Args:
         guide: a Pyro guide with the model's arguments; None for objectives without one.
@@ -98,6 +109,11 @@ class Variational:
         checkpoint: a folder for checkpoints.
         log: a file that gets every record as a line of JSON; a new run starts it anew.
         progress: show a progress bar.
+        capture: "off" runs the programs at every step; "fx" replays their graph, "inductor" compiles it, "cudagraph" makes a
+            whole step on a GPU one CUDA graph, and these refuse programs that cannot be captured. "auto" replays, and compiles
+            where the number of steps pays for it; it runs eagerly, with a warning, what cannot be captured, and without one
+            what has less than 500 steps. None, the default, is "auto" where model and guide declare themselves capturable
+            (:func:`pyrovae.handlers.declared.declares_capturable`), as those of this library do, else "off".
 
     Raises:
         ValueError: for numbers out of range, options that exclude one another, an objective that cannot run here, or neither
@@ -138,6 +154,7 @@ class Variational:
         checkpoint: str | Path | None = None,
         log: str | Path | None = None,
         progress: bool = False,
+        capture: Backend | None = None,
     ) -> None:
         if num_steps is not None and num_epochs is not None:
             raise ValueError(f"expected num_steps or num_epochs, got both, {num_steps} and {num_epochs}; leave one out")
@@ -185,6 +202,8 @@ class Variational:
                 f"expected an objective that runs the programs at every step, got {name}, which compiles them once with the "
                 f"parameters of Pyro's global store; use {name.removeprefix('Jit')}"
             )
+        if capture is not None:
+            check_backend(capture)
         self.guide, self.elbo_is_default = guide, elbo is None
         self.elbo = pyro.infer.Trace_ELBO(num_particles=10, vectorize_particles=True) if elbo is None else elbo
         self.optim = partial(torch.optim.Adam, lr=1e-2) if optim is None else optim
@@ -197,7 +216,8 @@ class Variational:
         self.penalty = check_penalty(penalty)
         self.preprocess, self.device = preprocess, device
         self.log_every, self.num_log_samples, self.log_rows = log_every, num_log_samples, log_rows
-        self.patience, self.checkpoint, self.log, self.progress = patience, checkpoint, log, progress
+        self.patience, self.checkpoint, self.log = patience, checkpoint, log
+        self.progress, self.capture = progress, capture
 
     def fit(self, model: Program, *args: Any, validation: Any = None, resume: bool = False, **kwargs: Any) -> Fit:
         """Learn model and guide together, in place.
@@ -216,6 +236,7 @@ class Variational:
                 asked for that would change nothing; if a tensor as long as the data fits neither as rows nor as shared by all.
             FileExistsError: if `checkpoint` holds a run already and `resume` is False.
             FileNotFoundError: if there is nothing to resume.
+            CannotCapture: if the programs cannot be captured, and `capture` names a backend.
             FloatingPointError: if the loss or a gradient is no longer finite, with the first site or parameter that is not;
                 parameters stay as they were before that step.
         """
@@ -272,6 +293,7 @@ class Variational:
     def _guide_steps(self, run: Optimization) -> list[float]:
         losses = []
         with Bar(self.num_guide_steps, what="guide", shown=self.progress) as bar:
+            run.tell = bar.say
             for step in range(self.num_guide_steps):
                 losses.append(run.step(step))
                 bar.tell(step + 1)
