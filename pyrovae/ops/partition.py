@@ -17,7 +17,6 @@ from pyrovae.ops.inverse_cdf import draw_pairs
 from pyrovae.ops.once import only_once
 from pyrovae.ops.opaque import apply_whole, run_whole
 from pyrovae.ops.split_half import Block, Gradient, SplitHalf
-from pyrovae.ops.tracing import capturing
 
 MAX_BITS = 30
 MAX_SECONDS = 120  # of an enumeration with the default `max_bits`
@@ -86,6 +85,7 @@ def rbm_moments(
         (tensor([[0.2500]]), tensor([0.5000]), tensor([0.5000]))
     """
     _check(weight, visible_bias, hidden_bias, max_bits, _AIS)
+    _check_finite(weights=weight, visible_bias=visible_bias, hidden_bias=hidden_bias)
     with torch.no_grad():
         side = _Side(weight, visible_bias, hidden_bias, max_bytes)
         return side.moments(*side.log_partition(keep=True))
@@ -123,8 +123,13 @@ def sample_rbm(
         ValueError: as :func:`rbm_log_partition`.
     """
     _check(weight, visible_bias, hidden_bias, max_bits, "chains of block Gibbs or pyrovae.inference.ParallelTempering")
+
+    def draw(weight: Tensor, visible_bias: Tensor, hidden_bias: Tensor) -> tuple[Tensor, Tensor]:
+        _check_finite(weights=weight, visible_bias=visible_bias, hidden_bias=hidden_bias)
+        return _Side(weight, visible_bias, hidden_bias, max_bytes).sample(n, generator)
+
     with torch.no_grad():
-        v, h = run_whole(lambda W, b, c: _Side(W, b, c, max_bytes).sample(n, generator), weight, visible_bias, hidden_bias)
+        v, h = run_whole(draw, weight, visible_bias, hidden_bias)
     return v, h
 
 
@@ -271,6 +276,7 @@ class _Side:
 class _RbmLogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, visible_bias: Tensor, hidden_bias: Tensor, max_bytes: int) -> Tensor:
+        _check_finite(weights=weight, visible_bias=visible_bias, hidden_bias=hidden_bias)
         side = _Side(weight, visible_bias, hidden_bias, max_bytes)
         log_partition, table = side.log_partition(keep=any(ctx.needs_input_grad))
         ctx.save_for_backward(weight, visible_bias, hidden_bias)
@@ -291,6 +297,7 @@ class _SoftplusSums(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, bias: Tensor, dtype: torch.dtype, max_bytes: int) -> Tensor:
         ctx.save_for_backward(weight, bias)
         ctx.max_bytes = max_bytes
+        _check_finite(weights=weight, bias=bias)
         engine = SplitHalf(weight, bias, max_bytes)
         out = torch.empty(engine.shape, dtype=dtype, device=weight.device)
         for rows, columns, first, second in engine.tiles():
@@ -325,7 +332,10 @@ def _check_tensors(weight: Tensor, biases: dict[str, Tensor], sides: dict[str, i
                 f"expected {name} of shape ({weight.shape[sides[name]]},) for weights of shape {tuple(weight.shape)}, got "
                 f"{tuple(bias.shape)}; transpose the weights or exchange the biases"
             )
-    for name, tensor in {} if capturing() else {"weights": weight, **biases}.items():
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
                 f"expected finite {name}, got {int((~tensor.isfinite()).sum())} values that are not; check the fit"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae.ops import isolated_rng
+from pyrovae.ops import isolated_rng, rbm_log_partition
 from pyrovae.ops.opaque import apply_whole, run_whole
 from pyrovae.ops.tracing import capturing, unrecorded
 
@@ -95,3 +95,11 @@ def test_what_is_not_recorded():
     with unrecorded():
         first = torch.rand(())
     assert not torch.equal(first, torch.rand(()))
+
+
+def test_what_an_enumeration_refuses_it_refuses_at_a_replay():
+    weight, bias = torch.zeros(3, 2), torch.zeros(3)
+    graph = make_fx(lambda weight: rbm_log_partition(weight, bias, torch.zeros(2)))(weight)
+    assert torch.equal(graph(weight), rbm_log_partition(weight, bias, torch.zeros(2)))
+    with pytest.raises(ValueError, match="expected finite weights, got 6 values that are not"):
+        graph(weight / 0)
