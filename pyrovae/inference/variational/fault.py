@@ -49,7 +49,7 @@ def check_fault(run: Optimization, fault: Fault) -> None:
         what = f"expected a finite loss, got {fault.loss} at step {step}"
         raise FloatingPointError(f"{what}{f': {found}' if found else ''}; {_REMEDY}")
     check_gradients(run.leaves, step)
-    if fault.ago:
+    if run.update is not None and run.update.guard.deferred:
         raise FloatingPointError(f"expected finite gradients, got others at step {step}, with a finite loss; {_REMEDY}")
 
 

@@ -24,20 +24,22 @@ def loss_and_gradients(run: Optimization, args: tuple[Any, ...], kwargs: dict[st
         kwargs: of a minibatch.
 
     Returns:
-        The loss, 0-d float64; the norm of all gradients together, 0-d; the gradients of `run.learned`.
+        The loss, 0-d float64; the norm of all gradients together, 0-d; the gradients of what is learned.
     """
     run.forget()
-    loss = (discover if run.optimizer is None else _objective)(run, args, kwargs) * run.batches.factor
+    loss = (discover if run.update is None else _objective)(run, args, kwargs) * run.batches.factor
+    assert run.update is not None
+    learned = run.update.leaves
     model_leaves = run.leaves["model"]
     if run.penalty and model_leaves:
         loss = loss + run.penalty / 2 * in_double(squared_norm(model_leaves))
     log_prior = None if run.log_prior is None else run.log_prior()
     if log_prior is not None:
         loss = loss - in_double(log_prior)
-    for leaf in run.learned:
+    for leaf in learned:
         if leaf.grad is None:
             leaf.grad = torch.zeros_like(leaf)
-    gradients = [leaf.grad for leaf in run.learned if leaf.grad is not None]
+    gradients = [leaf.grad for leaf in learned if leaf.grad is not None]
     if run.batches.factor != 1:
         torch._foreach_mul_(gradients, run.batches.factor)
     if run.penalty:
@@ -45,7 +47,7 @@ def loss_and_gradients(run: Optimization, args: tuple[Any, ...], kwargs: dict[st
             assert leaf.grad is not None
             leaf.grad.add_(leaf.detach(), alpha=run.penalty)
     if log_prior is not None and log_prior.requires_grad:
-        wanted = [leaf for leaf in run.learned if leaf.requires_grad]
+        wanted = [leaf for leaf in learned if leaf.requires_grad]
         for leaf, gradient in zip(wanted, torch.autograd.grad(log_prior, wanted, allow_unused=True), strict=True):
             if gradient is not None and leaf.grad is not None:
                 leaf.grad.sub_(gradient)
@@ -58,7 +60,7 @@ def discover(run: Optimization, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     run.met.clear()
     with poutine.trace(param_only=True) as used:
         loss = _objective(run, args, kwargs)
-    run.make_optimizer(used.trace)
+    run.make_update(used.trace)
     return loss
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyro
-import pyro.optim
 import torch
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from pyrovae.handlers.relax import relax
 from pyrovae.handlers.structure import read_structure
 from pyrovae.handlers.surrogate import surrogate
 from pyrovae.inference.capture.journal import undone
-from pyrovae.inference.capture.optimizer import OneOptimizer
 from pyrovae.inference.capture.replay import Replay
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
 from pyrovae.inference.fit import state_of
@@ -34,7 +32,6 @@ from pyrovae.inference.variational.batches import Batches, num_rows, take_index
 from pyrovae.inference.variational.capturing import chosen
 from pyrovae.inference.variational.fault import Moment, check_fault, explained, generators
 from pyrovae.inference.variational.gradients import broadcasts, discover, loss_and_gradients
-from pyrovae.inference.variational.guard import Guard
 from pyrovae.inference.variational.pairing import (
     check_other_rows,
     check_scalable,
@@ -42,8 +39,9 @@ from pyrovae.inference.variational.pairing import (
     warn_of_quantized,
     warn_of_scales,
 )
-from pyrovae.inference.variational.schedules import Average, Dial, make_optimizer, make_scheduler, names_in_store
+from pyrovae.inference.variational.schedules import Dial
 from pyrovae.inference.variational.true_bound import evaluating, modules_of
+from pyrovae.inference.variational.update import Update
 
 if TYPE_CHECKING:
     from pyrovae.inference.variational.variational import Variational
@@ -98,12 +96,7 @@ class Optimization:
             self.elbo.vectorize_particles = broadcasts(self)
         if math.isinf(getattr(self.elbo, "max_plate_nesting", 0)):  # what Pyro would guess by a run of both, and print
             self.elbo.max_plate_nesting = depth + (self.elbo.vectorize_particles and self.elbo.num_particles > 1)
-        self.optimizer: Any = None  # made at the first step, when the objective's own parameters are known
-        self.scheduler: Any = None
-        self.average: Average | None = None
-        self.learned: list[Tensor] = []
-        self.guard: Guard | None = None
-        self.one: OneOptimizer | None = None
+        self.update: Update | None = None  # made at the first step, when the objective's own parameters are known
         self.tell: Callable[[str], None] = lambda _: None
         self.borrowed: list[tuple[Tensor, Tensor | None]] = []
         if not self.named():
@@ -125,7 +118,7 @@ class Optimization:
             backend=self.capture,
             num_steps=self.num_steps,
             dry=self.capture != "fx",  # whose graph has the bits of an eager first step
-            optimizer=self._recordable,
+            optimizer=lambda: None if self.update is None else self.update.recordable(),
             tell=lambda text: self.tell(text),
         )
 
@@ -157,31 +150,26 @@ class Optimization:
             if dial is not None:
                 dial.turn(step)
         batch = self.batches.draw()
-        waits = self.guard is None or not self.guard.deferred
+        waits = self.update is None or not self.update.guard.deferred
         self.moment = Moment(step, batch, generators(self.device) if waits else None)
         with explained(self, self.moment):
             loss = self.replay.step(batch.args, batch.kwargs)
-        if self.scheduler is not None:
-            self.scheduler.step()
-        if self.average is not None:
-            self.average.update()
+        assert self.update is not None
+        self.update.moved()
         self.evaluations += round(batch.rows * self._evaluations_a_row(batch.args, batch.kwargs))
-        if self.guard is not None and self.guard.due():
+        if self.update.guard.due():
             self.check()
         return loss
 
     def _apply(self, outputs: Sequence[Any]) -> None:
         """Move the parameters by `(loss, norm, *gradients)`; on a GPU it may become part of a CUDA graph."""
         loss, norm, *gradients = outputs
-        for leaf, gradient in zip(self.learned, gradients, strict=True):
-            leaf.grad = gradient
-        assert self.guard is not None
-        self.guard.see(loss, norm)
-        if not self.guard.deferred:
+        assert self.update is not None
+        self.update.take(gradients)
+        self.update.guard.see(loss, norm)
+        if not self.update.guard.deferred:
             self.check()
-        if self.method.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.learned, self.method.clip_norm, norm)
-        self._move()
+        self.update.move(norm)
 
     def check(self) -> None:
         """Refuse to go on from a step whose loss or gradients were not finite.
@@ -189,7 +177,7 @@ class Optimization:
         Raises:
             FloatingPointError: as :meth:`step`.
         """
-        if self.guard is not None and (fault := self.guard.read()) is not None:
+        if self.update is not None and (fault := self.update.guard.read()) is not None:
             check_fault(self, fault)
 
     def forget(self) -> None:
@@ -213,14 +201,15 @@ class Optimization:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """A block in which parameters are their moving averages, where there are any."""
-        if self.average is None:
+        average = None if self.update is None else self.update.average
+        if average is None:
             yield
             return
-        self.average.swap()
+        average.swap()
         try:
             yield
         finally:
-            self.average.swap()
+            average.swap()
 
     def _first(self, programs: tuple[Program, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a first call: those of a minibatch, where there are any."""
@@ -240,7 +229,7 @@ class Optimization:
         once = {id(leaf): (name, leaf) for leaves in self.leaves.values() for name, leaf in leaves.items()}
         return dict(named for key, named in once.items() if key not in self.frozen)
 
-    def make_optimizer(self, used: Any) -> None:
+    def make_update(self, used: Any) -> None:
         """An optimizer of all that is learned; what the objective itself used, such as a baseline's net, is learned too."""
         known = {id(leaf) for leaves in self.leaves.values() for leaf in leaves.values()} | {id(x) for x in self.met.values()}
         own = {}
@@ -251,32 +240,7 @@ class Optimization:
         if own:
             self.leaves["objective"] = own
             self.borrowed += [(leaf, None) for leaf in own.values()]
-        self.learned = list(self.named().values())
-        optim, method = self.method.optim, self.method
-        is_pyro = isinstance(optim, pyro.optim.PyroOptim)
-        self.optimizer = copy.deepcopy(optim) if is_pyro else make_optimizer(optim, self.learned)
-        self.guard = Guard(self.optimizer, self.learned[0].device)
-        if self.learn_model:
-            self.scheduler = make_scheduler(method.scheduler, self.optimizer)
-            self.average = None if method.average is None else Average(self.learned, method.average)
-
-    def _move(self) -> None:
-        if not isinstance(self.optimizer, pyro.optim.PyroOptim):
-            if self.one is None:
-                self.optimizer.step()
-            else:
-                self.one.step([leaf.grad for leaf in self.learned])
-        elif self.optimizer.optim_objs:
-            self.optimizer(self.learned)
-        else:
-            with names_in_store(self.named()):
-                self.optimizer(self.learned)
-
-    def _recordable(self) -> OneOptimizer | None:
-        """The optimizer where its step may be part of a CUDA graph, which stops by a flag: then all moves by it."""
-        if self.one is None and self.guard is not None and self.guard.deferred:
-            self.one = OneOptimizer(lambda _: self.optimizer, self.named())
-        return self.one
+        self.update = Update(self.method, self.named(), learn_model=self.learn_model)
 
     def _dial(self, name: str, schedule: Any, default: float | None, *, zero: bool = False) -> Dial | None:
         schedule = default if schedule is None else schedule

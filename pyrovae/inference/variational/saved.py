@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyro
-import pyro.optim
 import torch
 from pyro.optim.optim import _get_state_dict, _load_state_dict
 from torch import Tensor
@@ -18,6 +17,7 @@ from pyrovae.inference.variational.schedules import names_in_store
 
 if TYPE_CHECKING:
     from pyrovae.inference.variational.optimization import Optimization
+    from pyrovae.inference.variational.update import Update
     from pyrovae.inference.variational.variational import Variational
 
 
@@ -54,18 +54,19 @@ class Saved:
 
     def take_run(self) -> dict[str, Any]:
         """The state of optimizer, schedules, minibatches and the objective, and parameters that have averages."""
-        run, optimizer = self.run, self.run.optimizer
-        if isinstance(optimizer, pyro.optim.PyroOptim):
-            moments: Any = [_get_state_dict(optimizer.optim_objs[leaf]) for leaf in run.learned]
-        else:
-            moments = None if optimizer is None else optimizer.state_dict()
-        average = run.average
+        run, update = self.run, self.run.update
+        moments: Any = None
+        if update is not None and update.is_pyro:
+            moments = [_get_state_dict(update.optimizer.optim_objs[leaf]) for leaf in update.leaves]
+        elif update is not None:
+            moments = update.optimizer.state_dict()
+        average = None if update is None else update.average
         return {
             "optimizer": moments,
-            "scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
+            "scheduler": None if update is None or update.scheduler is None else update.scheduler.state_dict(),
             "average": None
-            if average is None
-            else {"count": average.count, "values": average.values, "leaves": list(run.learned)},
+            if update is None or average is None
+            else {"count": average.count, "values": average.values, "leaves": list(update.leaves)},
             "objective": run.elbo.state_dict() if hasattr(run.elbo, "state_dict") else None,
             "batches": run.batches.state_dict(),
             "evaluations": run.evaluations,
@@ -80,33 +81,35 @@ class Saved:
         run.evaluations = state["evaluations"]
         if state["optimizer"] is None:
             return  # saved before the first step
-        if run.optimizer is None:
-            run.make_optimizer(None)
-        self._put_optimizer(state["optimizer"])
-        for what, mine in (("scheduler", run.scheduler), ("average", run.average)):
+        if run.update is None:
+            run.make_update(None)
+        assert run.update is not None
+        update = run.update
+        self._put_optimizer(update, state["optimizer"])
+        for what, mine in (("scheduler", update.scheduler), ("average", update.average)):
             if (state[what] is None) != (mine is None):
                 here, there = ("none", "one") if mine is None else ("one", "none")
                 raise ValueError(
                     f"expected the {what} of the checkpoint, which has {there}, got {here}; pass what it was made with"
                 )
-        if run.scheduler is not None:
-            run.scheduler.load_state_dict(state["scheduler"])
-        if run.average is not None:
+        if update.scheduler is not None:
+            update.scheduler.load_state_dict(state["scheduler"])
+        if update.average is not None:
             saved = state["average"]
-            run.average.count = saved["count"]
+            update.average.count = saved["count"]
             with torch.no_grad():
-                for mine, value in zip(run.average.values + run.learned, saved["values"] + saved["leaves"], strict=True):
+                for mine, value in zip(update.average.values + update.leaves, saved["values"] + saved["leaves"], strict=True):
                     mine.copy_(value)
 
-    def _put_optimizer(self, state: Any) -> None:
-        run, optimizer = self.run, self.run.optimizer
-        if isinstance(state, list) != isinstance(optimizer, pyro.optim.PyroOptim):
+    def _put_optimizer(self, update: Update, state: Any) -> None:
+        optimizer = update.optimizer
+        if isinstance(state, list) != update.is_pyro:
             raise ValueError("expected the optimizer of the checkpoint, got one of another kind; pass the one it was made with")
-        if not isinstance(optimizer, pyro.optim.PyroOptim):
+        if not update.is_pyro:
             optimizer.load_state_dict(state)
             return
-        with names_in_store(run.named()):
-            for leaf, saved in zip(run.learned, state, strict=True):
+        with names_in_store(update.named):
+            for leaf, saved in zip(update.leaves, state, strict=True):
                 optimizer.optim_objs[leaf] = optimizer._get_optim(leaf)
                 optimizer.grad_clip[leaf] = optimizer._get_grad_clip(leaf)
                 _load_state_dict(optimizer.optim_objs[leaf], saved)

@@ -118,8 +118,8 @@ class Training:
                 losses.append(loss)
                 self.step += 1
                 bar.tell(self.step, partial(self._shown, loss))
-        if run.average is not None:
-            run.average.swap()
+        if run.update is not None and run.update.average is not None:
+            run.update.average.swap()
         if method.patience is not None and self.best is not None and self.best_step != self.step:
             self.saved.put(self.best)
         return Fit(
@@ -164,7 +164,7 @@ class Training:
         with run.averaged():
             bound, stderr = self.training() if self.bounded else (None, None)
             validation = self.validation()[0] if self.bounded and self.validation is not None else None
-            groups = getattr(run.optimizer, "param_groups", None)
+            groups = None if run.update is None else getattr(run.update.optimizer, "param_groups", None)
             self.history.append(
                 {
                     "step": self.step,

@@ -14,11 +14,12 @@ from pyrovae.guides import AmortizedMeanField, LocalMeanField
 from pyrovae.inference import ExactLikelihood, Variational, WakeSleep
 from pyrovae.inference.capture.inductor import find_compiler
 from pyrovae.inference.capture.quiet import CannotCapture
-from pyrovae.inference.variational import capturing, optimization, progress
+from pyrovae.inference.variational import capturing, progress, update
 from pyrovae.inference.variational.capturing import chosen
 from pyrovae.inference.variational.guard import EVERY, Guard, skips
 from pyrovae.inference.variational.optimization import Optimization
 from pyrovae.inference.variational.training import Training
+from pyrovae.inference.variational.update import Update
 from pyrovae.models import BernoulliMixture, DeepBeliefNet, toy
 
 SCHEDULE = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, total_steps=12)
@@ -260,7 +261,7 @@ def test_declared_programs_are_captured_in_long_runs():
     assert chosen("off", (net, guide), Trace_ELBO(), many) == "off"
     run = Optimization(Variational(guide, num_epochs=many), net, (net.sample(4),), {}, learn_model=True)
     assert run.replay.backend == "auto"
-    with pytest.raises(ValueError, match="expected a backend among 'auto', 'off', 'fx'.*got 'jit'"):
+    with pytest.raises(ValueError, match=r"expected a backend among 'auto', 'off', 'fx'.*got 'jit'"):
         Variational(guide, capture="jit")
 
 
@@ -366,7 +367,7 @@ def test_a_step_that_fails_moves_nothing(capture, validate):
 @pytest.mark.parametrize("capture", ["off", "fx"])
 @pytest.mark.parametrize("optim", [torch.optim.Adam, partial(torch.optim.SGD, fused=True)])
 def test_a_flag_on_the_device_stops_all_updates(capture, optim, monkeypatch):
-    monkeypatch.setattr(optimization, "Guard", partial(Guard, deferred=True))
+    monkeypatch.setattr(update, "Guard", partial(Guard, deferred=True))
     looks = []
     monkeypatch.setattr(Guard, "read", lambda self, read=Guard.read: looks.append(1) or read(self))
     optim = partial(optim, lr=0.01)
@@ -387,8 +388,26 @@ def test_a_flag_on_the_device_stops_all_updates(capture, optim, monkeypatch):
 def test_a_flag_that_stays_down_changes_no_bit(monkeypatch):
     make, options = CASES["schedules"]
     fit = training(make, options)()
-    monkeypatch.setattr(optimization, "Guard", partial(Guard, deferred=True))
+    monkeypatch.setattr(update, "Guard", partial(Guard, deferred=True))
     assert same(training(make, options)(), fit)
+
+
+def test_the_optimizer_of_a_cuda_graph_steps_as_the_one_that_owns_its_state(monkeypatch):
+    make, options = belief_net, CASES["schedules"][1] | {"scheduler": SCHEDULE}
+    fit = training(make, options)()
+    run = training(make, options)
+    assert run.run.update is None
+    monkeypatch.setattr(update, "Guard", partial(Guard, deferred=True))
+    move = Update.move
+    monkeypatch.setattr(Update, "move", lambda self, norm: (self.recordable(), move(self, norm)))
+    assert same(run(), fit)
+    assert run.run.update.recordable() is not None
+    with torch.no_grad():
+        before = [leaf.clone() for leaf in run.run.update.leaves]
+        run.run.update.guard.see(torch.tensor(math.nan), torch.tensor(1.0))
+        run.run.update.take([torch.ones_like(leaf) for leaf in before])
+        run.run.update.move(torch.tensor(1.0))
+    assert all(map(torch.equal, before, run.run.update.leaves))
 
 
 def test_guards():
