@@ -25,9 +25,9 @@ class CapturedSVI:
     and 0-d tensors. Other arguments, other parameters, another training mode are recorded anew, in at most 8 graphs.
 
     Bias: none. The graph has the gradients of the eager programs bit by bit, given the same random numbers; compiled, to 1e-5
-    of their norm. At the 10th and every 200th step the programs run beside it from the same random state; where they differ,
-    a warning names the first site that does, and from there on the programs run eagerly. So a Python number that a program
-    closes over, and that changes, is stale for at most 200 steps: make it a 0-d tensor that is changed in place.
+    of their norm. At its 10th and every 200th step (1000th on a GPU) the programs run beside it from the same random state;
+    where they differ, a warning names the first site that does, and from there on the programs run eagerly. So a Python
+    number that a program closes over, and that changes, is stale until then at most: make it a 0-d tensor changed in place.
 
     Cost: about a millisecond an operation to record; seconds to compile, which torch keeps on disk for the next process.
 

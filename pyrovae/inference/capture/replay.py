@@ -27,7 +27,8 @@ from pyrovae.ops import isolated_rng
 Backend: TypeAlias = Literal["auto", "off", "fx", "inductor", "cudagraph"]
 
 MAX_GRAPHS = 8
-FIRST_CHECK, CHECK_EVERY = 10, 200
+FIRST_CHECK = 10
+CHECK_EVERY = {"cpu": 200, "cuda": 1000}  # a replay on a GPU is that much faster than the programs
 
 
 class Recordable(Protocol):
@@ -130,7 +131,7 @@ class Replay:
         if self._pays(recording):
             self._compile(recording, tensors)
             recording.step = None
-        if self.steps == FIRST_CHECK or self.steps % CHECK_EVERY == 0:
+        if self.steps == FIRST_CHECK or self.steps % CHECK_EVERY.get(recording.device.type, 200) == 0:
             outputs, difference = compare(recording, tensors, lambda: self.run(args, kwargs))
             if difference is not None:
                 self._give_up(

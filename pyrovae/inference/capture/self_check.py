@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import pyro
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from pyrovae.inference.capture.journal import Moment
 from pyrovae.inference.capture.recording import Outputs, Recording
@@ -70,10 +72,11 @@ def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The largest norm of a difference, relative to the norm of the second; infinite where one alone is not finite."""
     worst = 0.0
     for a, b in pairs:
-        a, b = a.double(), b.double()
-        if not torch.equal(a.isfinite(), b.isfinite()):
-            return float("inf")
-        a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
-        distance, size = float((a - b).norm()), float(b.norm())
+        distance, size = float(vector_norm(a - b)), float(vector_norm(b))
+        if not math.isfinite(distance):
+            finite = a.isfinite()
+            if not torch.equal(finite, b.isfinite()) or not torch.allclose(a[~finite], b[~finite], equal_nan=True):
+                return math.inf
+            distance, size = float(vector_norm(a[finite] - b[finite])), float(vector_norm(b[finite]))
         worst = max(worst, distance / size if size else distance)
     return worst

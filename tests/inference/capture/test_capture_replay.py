@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from pyrovae.inference import CapturedSVI
 from pyrovae.inference.capture import replay as module
 from pyrovae.inference.capture.inductor import CannotCompile, find_compiler
-from pyrovae.inference.capture.replay import CHECK_EVERY, FIRST_CHECK, Replay
+from pyrovae.inference.capture.replay import FIRST_CHECK, Replay
 from pyrovae.inference.capture.self_check import alike, relative_error
 
+CHECK_EVERY = module.CHECK_EVERY["cpu"]
 LEARN = 1e-3
 
 

@@ -26,9 +26,11 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 from pyrovae.inference import CapturedSVI
+from pyrovae.inference.capture import replay as module
 from pyrovae.inference.capture.graph import CannotCapture
-from pyrovae.inference.capture.replay import CHECK_EVERY, FIRST_CHECK, MAX_GRAPHS
+from pyrovae.inference.capture.replay import FIRST_CHECK, MAX_GRAPHS
 
+CHECK_EVERY = module.CHECK_EVERY["cpu"]
 PLAIN = {"lr": 1e-2, "foreach": False}  # torch's plain form, whose bits stock SVI has
 
 
