@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrovae.inference.capture.quiet import capturing
 from pyrovae.inference.fit import squared_norm
 from pyrovae.inference.log_joint import LogJoint
 
@@ -75,8 +76,8 @@ def _objective(run: Optimization, args: tuple[Any, ...], kwargs: dict[str, Any])
     try:
         loss = run.elbo.loss_and_grads(*run.programs, *args, **kwargs)
     except (RuntimeError, ValueError, IndexError) as error:
-        particles = getattr(run.elbo, "num_particles", 1)
-        if not getattr(run.elbo, "vectorize_particles", False) or particles == 1 or broadcasts(run):
+        particles = getattr(run.elbo, "num_particles", 1) if getattr(run.elbo, "vectorize_particles", False) else 1
+        if particles == 1 or capturing() or broadcasts(run):
             raise
         raise ValueError(
             f"expected programs that broadcast over a dim of {particles} particles on the left for an objective with "

@@ -23,9 +23,9 @@ class Fault:
 class Guard:
     """Tells whether loss and norm of the gradients are finite.
 
-    On the CPU every step is read before anything moves. Elsewhere that would be a wait for the device at every step: there,
+    Every step is read before anything moves, which costs nothing on the CPU. On CUDA it would be a wait for the device: there,
     a flag stays on the device, which, once up, makes torch's fused optimizers skip all further steps (`found_inf`), and it
-    is read every 200 steps and whenever :meth:`read` is called. Optimizers that know no such flag are read at every step.
+    is read every 200 steps and whenever :meth:`read` is called. Steps of optimizers that know no such flag are read.
 
     Args:
         optimizer: that steps.
@@ -34,7 +34,7 @@ class Guard:
     """
 
     def __init__(self, optimizer: Any, device: torch.device, *, deferred: bool | None = None) -> None:
-        self.deferred = device.type != "cpu" and skips(optimizer) if deferred is None else deferred
+        self.deferred = device.type == "cuda" and skips(optimizer) if deferred is None else deferred
         self.steps, self.last = 0, (0.0, 0.0)
         if self.deferred:
             self.found, self.ago, self.loss = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(3))

@@ -65,8 +65,8 @@ class Variational:
     `num_steps`. Cost: about a millisecond an operation to record, some seconds to compile, which the progress bar tells. What
     takes its course from values, replaces tensors instead of writing in them, or makes parameters later cannot be captured; a
     Python number that changes is noticed at the 10th and every 200th step. `preprocess`, minibatches, averages and the
-    schedule of the learning rate stay outside of the graph. On a GPU no step waits for the device: a loss that is no number
-    stops all updates, and is told within 200 steps.
+    schedule of the learning rate stay outside of the graph. On CUDA no captured step waits for the device where the
+    optimizer is fused: a loss that is no number stops all updates, and is told within 200 steps.
 
     Args:
         guide: a Pyro guide with the model's arguments; None for objectives without one.

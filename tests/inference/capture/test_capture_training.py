@@ -268,7 +268,8 @@ def test_declared_programs_are_captured_in_long_runs():
 def branching():
     def model(x):
         z = pyro.sample("z", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0))
-        pyro.sample("x", dist.Normal(z if z > 0 else 2 * z, 1.0).expand([len(x)]).to_event(1), obs=x)
+        z = z if z.sum() > 0 else 2 * z
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand(z.shape + x.shape).to_event(1), obs=x)
 
     def guide(x):
         pyro.sample("z", dist.Normal(pyro.param("mean of z", torch.tensor(0.5)), 1.0))
@@ -276,9 +277,10 @@ def branching():
     return model, guide, torch.randn(4)
 
 
-def test_what_cannot_be_captured(monkeypatch):
+@pytest.mark.parametrize("particles", [1, 2])
+def test_what_cannot_be_captured(particles, monkeypatch):
     monkeypatch.setattr(capturing, "MIN_STEPS", 0)
-    options = {"elbo": Trace_ELBO()}
+    options = {"elbo": Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1)}
     eager = training(branching, options)()
     with pytest.warns(UserWarning, match=r"cannot be captured.*test_capture_training.*eagerly") as told:
         fit = training(branching, options, capture="auto")()
@@ -286,6 +288,8 @@ def test_what_cannot_be_captured(monkeypatch):
     assert same(fit, eager)
     with pytest.raises(CannotCapture, match="depend on values"):
         training(branching, options, capture="fx")()
+    with pytest.raises(ValueError, match=r"on CUDA for a CUDA graph, got cpu"):
+        training(belief_net, {}, capture="cudagraph")()
 
 
 def test_a_number_that_changes_is_noticed():
