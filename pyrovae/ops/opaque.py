@@ -7,12 +7,14 @@ computation enters the graph as one operation, whose replay runs this very code;
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyrovae.ops.tracing import capturing
 
@@ -38,15 +40,15 @@ def run_whole(function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Se
     """
     if not capturing():
         return function(*tensors)
-    return _operations().opaque_draw(list(tensors), _register(_Call(lambda given: list(function(*given)))))
+    return _record("opaque_draw", lambda given: function(*given), list(tensors))
 
 
 class _Call:
-    """What an operation of a graph runs, and what its outputs looked like when it was recorded."""
+    """What an operation of a graph runs; and what the run gave that is being recorded."""
 
-    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]]) -> None:
+    def __init__(self, run: Callable[[list[Tensor]], Sequence[Tensor]], found: list[Tensor]) -> None:
         self.run = run
-        self.like: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self.found: list[Tensor] | None = found
 
 
 class _Context:
@@ -73,13 +75,15 @@ class _Differentiable:
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
         """The value, and a ticket for the way back."""
+        if self.differentiable:  # what the context keeps is its own: a compiled graph uses memory again
+            tensors = [tensor.clone() for tensor in tensors]
         given = iter(tensors)
         context = _Context(self.needs_input_grad)
         value = self.function.forward(context, *(next(given) if kept is None else kept[0] for kept in self.template))
         if not self.differentiable:
             return [value]
         self.context, self.ticket = context, self.ticket + 1
-        return [value, torch.tensor(self.ticket)]
+        return [value.clone(), torch.tensor(self.ticket)]
 
     def backward(self, tensors: list[Tensor]) -> list[Tensor]:
         """The gradients of the arguments that need one."""
@@ -88,6 +92,7 @@ class _Differentiable:
             raise RuntimeError("expected the replays of a graph one after another, got two at once; capture a graph a thread")
         context, self.context = self.context, None
         gradients = self.function.backward(context, grad)
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
         return [gradients[k] for k in self.differentiable]
 
 
@@ -96,14 +101,14 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx: Any, function: Any, *args: Any) -> Tensor:
         ctx.place = _Differentiable(function, args, tuple(ctx.needs_input_grad[1:]))
         ctx.num_args = len(args)
-        found = _operations().opaque([a for a in args if isinstance(a, Tensor)], _register(_Call(ctx.place.forward)))
+        found = _record("opaque", ctx.place.forward, [value for value in args if isinstance(value, Tensor)])
         ctx.ticket = found[1] if len(found) > 1 else None
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = _operations().opaque([grad, ctx.ticket], _register(_Call(ctx.place.backward)))
+        found = _record("opaque", ctx.place.backward, [grad, ctx.ticket])
         gradients: list[Tensor | None] = [None] * (1 + ctx.num_args)
         for k, gradient in zip(ctx.place.differentiable, found, strict=True):
             gradients[1 + k] = gradient
@@ -113,28 +118,35 @@ class _Replayed(torch.autograd.Function):
 _calls: list[_Call] = []
 
 
-def _register(call: _Call) -> int:
-    _calls.append(call)
-    return len(_calls) - 1
+def _record(name: str, run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
+    """Run, and write the run down as one operation, whose arguments tell what its outputs are like."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        found = list(run(tensors))
+    _calls.append(_Call(run, found))
+    like = repr([(tuple(t.shape), t.stride(), str(t.dtype).removeprefix("torch."), str(t.device)) for t in found])
+    outputs: list[Tensor] = getattr(_operations(), name)(tensors, len(_calls) - 1, like)
+    return outputs
 
 
-def _run(tensors: list[Tensor], call: int) -> list[Tensor]:
+def _run(tensors: list[Tensor], call: int, like: str) -> list[Tensor]:
     entry = _calls[call]
+    found, entry.found = entry.found, None
+    if found is not None:
+        return found
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        found = entry.run(tensors)
-    entry.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in found]
-    return found
+        return list(entry.run(tensors))
 
 
-def _shapes(tensors: list[Tensor], call: int) -> list[Tensor]:
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in _calls[call].like]
+def _shapes(tensors: list[Tensor], call: int, like: str) -> list[Tensor]:
+    outputs = ast.literal_eval(like)
+    return [torch.empty_strided(size, stride, dtype=getattr(torch, dtype), device=to) for size, stride, dtype, to in outputs]
 
 
 @cache
 def _library() -> torch.library.Library:
     library = torch.library.Library("pyrovae", "FRAGMENT")
     for name, tags in (("opaque", ()), ("opaque_draw", (torch.Tag.nondeterministic_seeded,))):
-        library.define(f"{name}(Tensor[] tensors, int call) -> Tensor[]", tags=tags)
+        library.define(f"{name}(Tensor[] tensors, int call, str like) -> Tensor[]", tags=tags)
         library.impl(name, _run, "CompositeExplicitAutograd")
         library._register_fake(name, _shapes)
     return library

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae.ops import isolated_rng, rbm_log_partition
@@ -48,12 +49,23 @@ def test_without_a_gradient_nothing_is_kept():
 def test_a_backward_pass_belongs_to_its_forward_pass():
     graph = make_fx(_value_and_gradient)(torch.ones(2))
     nodes = [node for node in graph.graph.nodes if "opaque" in str(node.target)]
-    forward, backward = (node.args[1] for node in nodes)
+    forward, backward = (node.args[1:] for node in nodes)
     x = torch.ones(2)
-    _, ticket = torch.ops.pyrovae.opaque([x, torch.ones(2)], forward)
-    torch.ops.pyrovae.opaque([x, torch.ones(2)], forward)
+    _, ticket = torch.ops.pyrovae.opaque([x, torch.ones(2)], *forward)
+    torch.ops.pyrovae.opaque([x, torch.ones(2)], *forward)
     with pytest.raises(RuntimeError, match="one after another"):
-        torch.ops.pyrovae.opaque([torch.tensor(1.0), ticket], backward)
+        torch.ops.pyrovae.opaque([torch.tensor(1.0), ticket], *backward)
+
+
+def test_outputs_are_known_without_a_run():
+    """By which a compiler plans its memory; transposed ones, too."""
+    graph = make_fx(lambda x: run_whole(lambda x: (x.T.clone(), x.sum(0).long()), x))(torch.ones(2, 3))
+    (node,) = (node for node in graph.graph.nodes if "opaque" in str(node.target))
+    with FakeTensorMode() as mode:
+        found = node.target([mode.from_tensor(torch.ones(2, 3))], *node.args[1:])
+    expected = graph(torch.ones(2, 3))
+    assert [(t.shape, t.stride(), t.dtype) for t in found] == [(t.shape, t.stride(), t.dtype) for t in expected]
+    assert not found[0].is_contiguous()
 
 
 def test_draws_are_fresh_and_kept():
@@ -103,3 +115,28 @@ def test_what_an_enumeration_refuses_it_refuses_at_a_replay():
     assert torch.equal(graph(weight), rbm_log_partition(weight, bias, torch.zeros(2)))
     with pytest.raises(ValueError, match="expected finite weights, got 6 values that are not"):
         graph(weight / 0)
+
+
+class _Kept(torch.autograd.Function):
+    """x², whose backward pass looks at the very argument and value of the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x, ctx.value = x, x.square()
+        return ctx.value
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2 * ctx.value / ctx.x
+
+
+def test_memory_may_be_used_again():
+    """As compiled graphs do with an operation's arguments and outputs once nothing else needs them."""
+    graph = make_fx(lambda x: torch.autograd.grad(apply_whole(_Kept, y := x.detach().requires_grad_()).sum(), y))(torch.ones(2))
+    forward, backward = (node.args[1:] for node in graph.graph.nodes if "opaque" in str(node.target))
+    x = torch.tensor([3.0, 5.0])
+    value, ticket = torch.ops.pyrovae.opaque([x], *forward)
+    x.zero_()
+    value.zero_()
+    (gradient,) = torch.ops.pyrovae.opaque([torch.ones(2), ticket], *backward)
+    assert torch.equal(gradient, torch.tensor([6.0, 10.0]))
