@@ -12,6 +12,7 @@ from torch import nn
 
 from pyrovae.guides import AmortizedMeanField, LocalMeanField
 from pyrovae.inference import ExactLikelihood, Variational, WakeSleep
+from pyrovae.inference.capture import replay
 from pyrovae.inference.capture.inductor import find_compiler
 from pyrovae.inference.capture.quiet import CannotCapture
 from pyrovae.inference.variational import capturing, progress, update
@@ -218,7 +219,7 @@ def test_a_run_goes_on_under_another_backend(tmp_path):
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="no compiler")
-def test_compiled_runs(tmp_path, capsys):
+def test_compiled_runs(tmp_path, capsys, monkeypatch):
     make, options = CASES["schedules"]
     eager = training(make, options, capture="off")()
     whole = training(make, options, capture="inductor", progress=True)
@@ -229,6 +230,13 @@ def test_compiled_runs(tmp_path, capsys):
         assert mine["bound"] == pytest.approx(theirs["bound"], rel=1e-4)
     assert fit.history[1]["loss"] == pytest.approx(eager.history[1]["loss"], rel=1e-5)
     assert same(_interrupted(make, options, tmp_path, "inductor"), fit)
+    monkeypatch.setattr(capturing, "MIN_STEPS", 0)
+    compiled, compile_graph = [], replay.compile_graph
+    monkeypatch.setattr(replay, "compile_graph", lambda *args: compiled.append(1) or compile_graph(*args))
+    for price, times, expected in ((12, 0, eager), (11, 1, fit)):  # by the number of steps of the whole run
+        monkeypatch.setattr(replay, "steps_to_pay", lambda _, price=price: price)
+        assert same(training(make, options, capture="auto")(), expected)
+        assert len(compiled) == times
 
 
 def _interrupted(make, options, folder, capture, *, go_on=True):
