@@ -8,9 +8,12 @@ computation enters the graph as one operation, whose replay runs this very code;
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -35,7 +38,7 @@ def run_whole(function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Se
     """`function(*tensors)`, without gradients and perhaps with draws; in a recorded run one operation.
 
     Args:
-        function: returns new tensors, not views of its arguments; a closure is kept as long as the process runs.
+        function: returns new tensors, not views of its arguments; kept as long as the record, see :func:`kept`.
         *tensors: its arguments.
     """
     if not capturing():
@@ -115,16 +118,30 @@ class _Replayed(torch.autograd.Function):
         return tuple(gradients)
 
 
-_calls: list[_Call] = []
+_calls: WeakValueDictionary[int, _Call] = WeakValueDictionary()
+_serial = itertools.count()
+_keepers: list[list[_Call]] = [[]]  # the outermost keeps what is recorded by others for as long as the process runs
+
+
+@contextmanager
+def kept() -> Iterator[list[_Call]]:
+    """A block that records; what is to be kept with the record, which cannot be replayed without it."""
+    _keepers.append([])
+    try:
+        yield _keepers[-1]
+    finally:
+        _keepers.pop()
 
 
 def _record(name: str, run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
     """Run, and write the run down as one operation, whose arguments tell what its outputs are like."""
     with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
         found = list(run(tensors))
-    _calls.append(_Call(run, found))
+    number = next(_serial)
+    _calls[number] = call = _Call(run, found)
+    _keepers[-1].append(call)
     like = repr([(tuple(t.shape), t.stride(), str(t.dtype).removeprefix("torch."), str(t.device)) for t in found])
-    outputs: list[Tensor] = getattr(_operations(), name)(tensors, len(_calls) - 1, like)
+    outputs: list[Tensor] = getattr(_operations(), name)(tensors, number, like)
     return outputs
 
 

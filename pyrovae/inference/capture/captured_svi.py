@@ -11,9 +11,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae.inference.capture.optimizer import OneOptimizer, check_optimizer
-from pyrovae.inference.capture.quiet import CannotCapture, capturing
+from pyrovae.inference.capture.quiet import CannotCapture
 from pyrovae.inference.capture.recording import Outputs
 from pyrovae.inference.capture.replay import Backend, Replay
+from pyrovae.ops.tracing import capturing
 
 
 class CapturedSVI:

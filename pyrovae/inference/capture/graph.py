@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae.inference.capture.journal import undone
 from pyrovae.inference.capture.quiet import CannotCapture, place, quiet
+from pyrovae.ops.opaque import kept
 
 _DYNAMIC = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 _SAME = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
@@ -32,6 +33,7 @@ class Graph:
         constants: the existing tensors that it reads.
         state: existing tensors that a run changes in place, such as BatchNorm's statistics or persistent chains.
         read: tensors whose value became a Python number in the recorded run, with their version then.
+        opaque: computations that are one operation each, whose replay runs Python code; see :mod:`pyrovae.ops.opaque`.
     """
 
     module: fx.GraphModule = field(repr=False)
@@ -39,6 +41,7 @@ class Graph:
     constants: tuple[Tensor, ...] = field(repr=False)
     state: tuple[Tensor, ...] = field(repr=False)
     read: tuple[tuple[Tensor, int], ...] = field(default=(), repr=False)
+    opaque: tuple[Any, ...] = field(default=(), repr=False)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Replay, with inputs of the recorded shapes; draws come from torch's generator as in an eager run."""
@@ -51,7 +54,7 @@ class Graph:
         outputs = graph.graph_copy(self.module.graph, {})
         assert isinstance(outputs, (tuple, list))
         graph.output(tuple(outputs[:count]))
-        return _pruned(graph, self.num_inputs, self.constants, self.state, self.read)
+        return replace(self, **_pruned(graph, self.num_inputs, self.constants))
 
     @property
     def num_nodes(self) -> int:
@@ -71,7 +74,7 @@ def capture(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[T
     Raises:
         CannotCapture: where the run takes Python numbers or shapes from values that it computes, or fails.
     """
-    with undone() as journal, quiet() as mode:
+    with undone() as journal, quiet() as mode, kept() as opaque:
         try:
             module = make_fx(lambda *tensors: tuple(function(*tensors)))(*inputs)
         except CannotCapture as error:
@@ -87,7 +90,8 @@ def capture(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[T
         _check_static(module)
         graph, constants = _lifted(module)
         state = tuple(tensor for tensor in (*constants, *inputs) if journal.has(tensor))
-    return _pruned(graph, len(inputs), constants, state, tuple(mode.read.values()))
+    found = _pruned(graph, len(inputs), constants)
+    return Graph(num_inputs=len(inputs), state=state, read=tuple(mode.read.values()), opaque=tuple(opaque), **found)
 
 
 def _check_static(module: fx.GraphModule) -> None:
@@ -130,19 +134,13 @@ def _lifted(module: fx.GraphModule) -> tuple[fx.Graph, tuple[Tensor, ...]]:
     return graph, tuple(tensor for tensor, _ in found.values())
 
 
-def _pruned(
-    graph: fx.Graph,
-    num_inputs: int,
-    constants: tuple[Tensor, ...],
-    state: tuple[Tensor, ...],
-    read: tuple[tuple[Tensor, int], ...],
-) -> Graph:
-    """Without dead code and without constants that nothing reads."""
+def _pruned(graph: fx.Graph, num_inputs: int, constants: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Module and constants, without dead code and constants that nothing reads."""
     graph.eliminate_dead_code()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"][num_inputs:]
-    kept = [tensor for tensor, node in zip(constants, placeholders, strict=True) if node.users]
+    used = tuple(tensor for tensor, node in zip(constants, placeholders, strict=True) if node.users)
     for node in placeholders:
         if not node.users:
             graph.erase_node(node)
     graph.lint()
-    return Graph(fx.GraphModule({}, graph), num_inputs, tuple(kept), state, read)
+    return {"module": fx.GraphModule({}, graph), "constants": used}

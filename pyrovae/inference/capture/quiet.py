@@ -14,6 +14,7 @@ from typing import Any
 import pyro
 import pyro.util
 import torch
+from pyro.infer.util import Dice
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
@@ -45,8 +46,9 @@ class Quiet(TorchFunctionMode):
     """Answers or refuses what would read a tensor's value while a run is recorded.
 
     `item()` of a float, by which objectives report their loss, gives the 0-d tensor itself, detached and in float64, as a
-    Python float would be. Any other reading of a value that the run has computed is refused; one of a tensor that was there
-    before is answered, and remembered in `read` with the tensor's version.
+    Python float would be. `TraceEnum_ELBO` is told that no probability is zero, and so sums zeros that it would leave out.
+    Any other reading of a value that the run has computed is refused; one of a tensor that was there before is answered, and
+    remembered in `read` with the tensor's version.
     """
 
     def __init__(self) -> None:
@@ -61,6 +63,8 @@ class Quiet(TorchFunctionMode):
             return _one_hot(*args, **(kwargs or {}))
         if func is Tensor.item and args[0].is_floating_point():
             return args[0].detach().double()
+        if func is Tensor.__bool__ and _asks_for_zeros():
+            return True
         if func in _READS:
             self._check(args[0], f"takes {_READS[func]} of a tensor that the run computes")
         elif func is Tensor.__getitem__:
@@ -90,11 +94,6 @@ def quiet() -> Iterator[Quiet]:
         pyro.util.torch_isnan = isnan
 
 
-def capturing() -> bool:
-    """Whether a run is being recorded."""
-    return get_proxy_mode() is not None
-
-
 def is_computed(tensor: Tensor) -> bool:
     """Whether the run that is being recorded computes a tensor from others, so that its value may be another next time."""
     mode = get_proxy_mode()
@@ -119,6 +118,11 @@ def warn(text: str) -> None:
     """Warn at the line of the user's that is being run."""
     level = next((k for k, frame in enumerate(_stack()) if _is_users(frame)), 1)
     warnings.warn(text, stacklevel=level + 1)
+
+
+def _asks_for_zeros() -> bool:
+    """Whether it is Pyro's sum over enumerated values that asks whether all probabilities are positive."""
+    return any(frame.f_code is Dice.compute_expectation.__code__ for frame in _stack()[:6])
 
 
 def _stack() -> list[FrameType]:

@@ -140,7 +140,7 @@ class Replay:
                     "changed: make it a 0-d tensor that is changed in place, number.fill_(value), or an argument"
                 )
             return self._applied(outputs)
-        optimizer = self.optimizer() if recording.device.type == "cuda" and self.backend in ("auto", "cudagraph") else None
+        optimizer = self.optimizer() if self._may_be_cuda_graph(recording) else None
         if optimizer is not None and optimizer.capturable:
             optimizer.make_capturable()
             if optimizer.prepare():
@@ -190,8 +190,9 @@ class Replay:
     ) -> Recording | None:
         """Record arguments of a kind; None where the programs run eagerly instead."""
         if self.dry and kind not in self._met:
-            with undone(), SiteRecorder() as recorder:
+            with Watch.during(*self.programs) as watch, undone(), SiteRecorder() as recorder:
                 self._eagerly(tensors, args, kwargs)
+            watch.restore()
             self._met[kind] = tuple(recorder.sites)
         last = self._recordings.pop(kind, None)
         self._num_recorded += 1
@@ -222,6 +223,8 @@ class Replay:
         optimizer = self.optimizer()
         if self.backend == "cudagraph" and not (optimizer is not None and optimizer.capturable):
             raise ValueError("expected an optimizer that torch can record in a CUDA graph, got another; take Adam, or 'auto'")
+        if self.backend == "cudagraph" and recording.graph.opaque:
+            raise ValueError("expected tensor operations alone in a CUDA graph, got sums by Python code; take 'auto'")
 
     def _pays(self, recording: Recording) -> bool:
         """Whether to compile now; it depends on counts alone, so that a run can be repeated bit for bit."""
@@ -263,6 +266,9 @@ class Replay:
             "the compiled graph does not give the gradients of the captured one to 1e-5, and is not used: an error of "
             "torch's compiler, or a program that magnifies rounding",
         )
+
+    def _may_be_cuda_graph(self, recording: Recording) -> bool:
+        return recording.device.type == "cuda" and self.backend in ("auto", "cudagraph") and not recording.graph.opaque
 
     def _by_cuda_graph(self, recording: Recording, optimizer: Recordable, tensors: Sequence[Tensor]) -> Tensor:
         """A step, optimizer included, in one CUDA graph, recorded anew where the optimizer is no longer what it was."""

@@ -64,7 +64,7 @@ class Watch:
         for program in programs:
             for name, module in _modules_of(program, set()):
                 family.add(name, module)
-        thread = threading.get_ident()
+        thread, entries = threading.get_ident(), dict(pyro.get_param_store()._params)
 
         def before_forward(module: nn.Module, _: Any) -> None:
             if threading.get_ident() == thread:
@@ -76,7 +76,7 @@ class Watch:
                 yield watch
         finally:
             hook.remove()
-        watch._end(family, store.names)
+        watch._end(family, store.names, entries)
 
     def change(self) -> str | None:
         """What is bound otherwise than at the end of the block, in words; None if nothing.
@@ -103,12 +103,14 @@ class Watch:
         for holder, key, old, _ in self._rebound:
             holder[key] = old
 
-    def _end(self, family: _Family, asked: list[str]) -> None:
+    def _end(self, family: _Family, asked: list[str], entries: dict[str, Tensor]) -> None:
         store = pyro.get_param_store()
+        known = [name for name in asked if name in entries]
+        entered = [(store._params, name, entries[name], f"parameter {name!r} of Pyro's store") for name in known]
         names = {id(store._params[name]): name for name in asked if name in store._params}
         family.look_again()
         family.name_by(names)
-        self._rebound = [s for s in family.slots() if isinstance(s[2], Tensor) and s[0].get(s[1]) is not s[2]]
+        self._rebound = [s for s in (*family.slots(), *entered) if isinstance(s[2], Tensor) and s[0].get(s[1]) is not s[2]]
         self.rebound = next((_rebinding(*slot) for slot in self._rebound if slot[2].grad_fn is None), None)
         floats = [s for s in family.slots() if type(s[2]) is float and s[0].get(s[1]) is not s[2]]
         own = {(id(slot[0]), slot[1]) for slot in (*self._rebound, *floats)}

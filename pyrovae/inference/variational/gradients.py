@@ -8,9 +8,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae.inference.capture.quiet import capturing
 from pyrovae.inference.fit import squared_norm
 from pyrovae.inference.log_joint import LogJoint
+from pyrovae.ops.tracing import capturing
 
 if TYPE_CHECKING:
     from pyrovae.inference.variational.optimization import Optimization

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyrovae.inference.capture.graph import CannotCapture, capture
 from pyrovae.inference.capture.journal import undone
-from pyrovae.inference.capture.quiet import capturing
+from pyrovae.ops.tracing import capturing
 
 
 def noisy_square(weight: Tensor) -> Callable[[Tensor], tuple[Tensor | None, ...]]:

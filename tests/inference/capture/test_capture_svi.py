@@ -19,6 +19,7 @@ from pyro.infer import (
     RenyiELBO,
     ReweightedWakeSleep,
     Trace_ELBO,
+    TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
@@ -104,6 +105,29 @@ def test_steps_have_the_bits_of_stock_svi(elbo: Any, hard: bool, backend: Any) -
     assert all(torch.equal(a, b) for a, b in zip(mine, parameters, strict=True))
     assert type(ours[0]) is type(stock[0])
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(stock), rtol=1e-6, atol=0)  # stock sums some losses in float32
+
+
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_enumeration_has_the_bits_of_stock_svi(where: str) -> None:
+    def model(x: Tensor) -> None:
+        means = pyro.param("means", torch.tensor([-1.0, 0.5, 2.0]))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(logits=torch.zeros(3)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(means[k], 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        if where == "guide":
+            logits = pyro.param("logits", torch.zeros(len(x), 3))
+            with pyro.plate("data", len(x)):
+                pyro.sample("k", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+
+    x, found = torch.randn(6), []
+    for kind in (SVI, partial(CapturedSVI, backend="fx")):
+        pyro.clear_param_store()
+        svi = kind(model, guide, pyro.optim.Adam(PLAIN), TraceEnum_ELBO(max_plate_nesting=1))
+        found.append((losses(svi, [x] * (FIRST_CHECK + 3)), pyro.param("means").detach().clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_another_seed_makes_another_trajectory() -> None:
