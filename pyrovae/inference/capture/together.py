@@ -16,10 +16,16 @@ import torch
 from torch import Tensor
 
 from pyrovae.inference.capture.clipped_adam import ClippedAdam
+from pyrovae.inference.capture.fused_adam import FusedAdam, FusedAdamW
 
 Owner: TypeAlias = torch.optim.Optimizer
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+FASTER: dict[type, Any] = {
+    pyro.optim.clipped_adam.ClippedAdam: ClippedAdam,
+    torch.optim.Adam: FusedAdam,
+    torch.optim.AdamW: FusedAdamW,
+}
 FORMS = ("fused", "foreach", "capturable", "differentiable")  # options that choose among forms of one step
 
 
@@ -42,8 +48,7 @@ class Together:
                     alike.append((key, found := []))
                 found.append((owner, place))
         self.groups = [Group(kind, members, in_graph=in_graph) for _, members in alike]
-        faster: Any = ClippedAdam if kind is pyro.optim.clipped_adam.ClippedAdam else kind
-        self.optimizer: Owner = object.__new__(faster)
+        self.optimizer: Owner = object.__new__(FASTER.get(kind, kind))
         vars(self.optimizer).update({name: value for name, value in vars(owners[0]).items() if name != "step"})
         self.optimizer.param_groups = [group.options for group in self.groups]
         self.optimizer.state = defaultdict(dict)

@@ -636,3 +636,32 @@ class Proud(pyro.optim.PyroOptim):
 def test_refusals(optim, match):
     with pytest.raises(ValueError, match=match):
         OneOptimizer(optim, {"x": torch.ones(1, requires_grad=True)})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True}, {"amsgrad": True}, {"betas": (0.5, 0.9)}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_direct_step_has_the_bits_of_torchs_fused_one(kind, options, dtype):
+    ours, theirs = ([torch.linspace(-1, 1, n, dtype=dtype).requires_grad_() for n in (5, 40_000)] for _ in range(2))
+    one = OneOptimizer(partial(kind, lr=0.1, **options), dict(zip("ab", ours, strict=True)))
+    stock = kind(theirs, lr=0.1, fused=True, **options)
+    for step in range(STEPS):
+        found = [torch.randn_like(ours[0]), None if step == 3 else torch.randn_like(ours[1])]
+        one.step(found)
+        for leaf, gradient in zip(theirs, found, strict=True):
+            leaf.grad = gradient
+        stock.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(ours, theirs, strict=True):
+        mine, state = one.optimizer.state[a], stock.state[b]
+        assert mine.keys() == state.keys()
+        assert all(torch.equal(mine[name], state[name]) for name in state)
+
+
+def test_the_direct_step_is_taken_once_there_is_state(monkeypatch):
+    leaf = torch.ones(3, requires_grad=True)
+    one = OneOptimizer(partial(torch.optim.Adam, lr=0.1), {"a": leaf})
+    one.step([torch.ones(3)])
+    monkeypatch.setattr(torch.optim.Adam, "step", None)
+    one.step([torch.ones(3)])
+    torch.testing.assert_close(leaf.detach(), torch.full((3,), 0.8))
