@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro.infer
@@ -23,12 +23,15 @@ class CapturedSVI:
     The first step on arguments of a kind (structure, shapes, dtypes, plain values) is an eager one, with Pyro's validation;
     at the second, loss and gradients are recorded as a flat graph of torch operations, which this and all further steps
     replay; one optimizer moves all parameters. A replay draws fresh noise, and sees the present values of parameters, buffers
-    and 0-d tensors. Other arguments, other parameters, another training mode are recorded anew, in at most 8 graphs.
+    and 0-d tensors. Other arguments, other parameters, another training mode are recorded anew; kinds beyond the eighth, and
+    programs recorded 16 times, run eagerly, and say so.
 
     Bias: none. The graph has the gradients of the eager programs bit by bit, given the same random numbers; compiled, to 1e-5
-    of their norm. At its 10th and every 200th step (1000th on a GPU) the programs run beside it from the same random state;
-    where they differ, a warning names the first site that does, and from there on the programs run eagerly. So a Python
-    number that a program closes over, and that changes, is stale until then at most: make it a 0-d tensor changed in place.
+    of their norm. At its first, its 10th and about every 200th replay (1000th on a GPU) the programs run beside it from the
+    same random state; where they differ, a warning names the first site that does, and from there on the programs run
+    eagerly. So a Python number that a program closes over, and that changes, is stale until then at most: make it a 0-d tensor
+    that is changed in place. Pyro validates the first step of a kind alone, so that data or losses that are NaN later raise
+    nothing; `step` warns of such a loss.
 
     Cost: about a millisecond an operation to record; seconds to compile, which torch keeps on disk for the next process.
 
@@ -72,15 +75,9 @@ class CapturedSVI:
         loss: pyro.infer.ELBO,
         backend: Backend = "auto",
     ) -> None:
-        if not hasattr(loss, "loss_and_grads"):
-            raise ValueError(f"expected an objective such as pyro.infer.Trace_ELBO(), got {type(loss).__name__}")
-        self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
-        if any(base.__name__.startswith("Jit") and base.__module__.startswith("pyro.") for base in type(loss).__mro__):
-            name = type(loss).__name__
-            raise ValueError(f"expected an objective that runs the programs, got {name}; use {name.removeprefix('Jit')}")
-        check_optimizer(optim)
+        self.model, self.guide = model, guide
         self._leaves: dict[str, Tensor] = {}
-        self._optimizer: OneOptimizer | None = None  # made of the parameters that the first step meets
+        self._moved: set[int] = set()  # parameters that have had a gradient
         self._several: type | None = None  # the sequence in which an objective gives several losses
         self._replay = Replay(
             self._run,
@@ -89,6 +86,7 @@ class CapturedSVI:
             backend=backend,
             optimizer=lambda: self._optimizer,
         )
+        self.loss, self.optim = loss, optim
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take a gradient step; the loss, as the objective gives it (a float; several for `ReweightedWakeSleep`).
@@ -97,8 +95,11 @@ class CapturedSVI:
             CannotCapture: if the programs cannot be captured, and a backend other than "auto" was asked for.
             ValueError: for data and parameters on several devices.
         """
-        loss = self._replay.step(args, kwargs)
-        return float(loss) if self._several is None else self._several(loss.tolist())
+        loss: Any = self._replay.step(args, kwargs).tolist()
+        if self._several is not None:
+            return self._several(loss)  # type: ignore[no-any-return]
+        pyro.util.warn_if_nan(loss, "loss")
+        return float(loss)
 
     def step_async(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a gradient step; the loss as a 0-d tensor (1-d, if several) that a GPU may still be computing."""
@@ -110,37 +111,79 @@ class CapturedSVI:
             loss = self.loss.loss(self.model, self.guide, *args, **kwargs)
         return float(loss) if not isinstance(loss, (tuple, list)) else type(loss)(map(float, loss))  # type: ignore[return-value]
 
+    @property
+    def optim(self) -> Any:
+        """The optimizer; another one may be assigned."""
+        return self._optim
+
+    @optim.setter
+    def optim(self, optim: Any) -> None:
+        check_optimizer(optim)
+        self._optim = optim
+        self._optimizer = OneOptimizer(optim, self._leaves) if self._leaves else None
+
+    @property
+    def loss(self) -> pyro.infer.ELBO:
+        """The objective; another one may be assigned."""
+        return self._loss
+
+    @loss.setter
+    def loss(self, loss: pyro.infer.ELBO) -> None:
+        if not hasattr(loss, "loss_and_grads"):
+            raise ValueError(f"expected an objective such as pyro.infer.Trace_ELBO(), got {type(loss).__name__}")
+        if any(base.__name__.startswith("Jit") and base.__module__.startswith("pyro.") for base in type(loss).__mro__):
+            name = type(loss).__name__
+            raise ValueError(f"expected an objective that runs the programs, got {name}; use {name.removeprefix('Jit')}")
+        self._loss = loss
+        self._replay.forget()
+
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outputs:
         """Loss and gradients, of the parameters in the order in which they were met."""
         for leaf in self._leaves.values():
             leaf.grad = None
         with poutine.trace(param_only=True) as used:
-            loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        self._meet({name: node["value"].unconstrained() for name, node in used.trace.nodes.items()})
-        gradients = [leaf.grad for leaf in self._leaves.values()]
-        for leaf in self._leaves.values():
-            leaf.grad = None
+            try:
+                loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                visited = {name: node["value"].unconstrained() for name, node in used.trace.nodes.items()}
+                self._meet(visited)
+                gradients = self._gradients(visited.values())
+            finally:
+                for node in used.trace.nodes.values():
+                    node["value"].unconstrained().grad = None
         if isinstance(loss, (tuple, list)):
             self._several = type(loss)
             return torch.stack([_as_tensor(one) for one in loss]), *gradients
         return _as_tensor(loss), *gradients
 
-    def _meet(self, leaves: Mapping[str, Tensor]) -> None:
-        new = [name for name, leaf in leaves.items() if self._leaves.get(name) is not leaf]
+    def _meet(self, visited: Mapping[str, Tensor]) -> None:
+        """Take parameters in that are new, or that have taken another's name."""
+        known = {id(leaf) for leaf in self._leaves.values()}
+        new = {name: leaf for name, leaf in visited.items() if id(leaf) not in known}
         if not new:
             return
         if capturing():
             raise CannotCapture(
-                f"expected every parameter at the first step, got {new[0]!r} at a later one; create it in every run, or run "
-                "eagerly"
+                f"expected every parameter at the first step, got {next(iter(new))!r} at a later one; create it in every run, "
+                "or run eagerly"
             )
-        self._leaves.update(leaves)
+        once = {id(leaf): name for name, leaf in reversed({**self._leaves, **new}.items())}
+        self._leaves = {name: leaf for name, leaf in {**self._leaves, **new}.items() if once[id(leaf)] == name}
         self._replay.forget()
         before, self._optimizer = self._optimizer, OneOptimizer(self.optim, self._leaves)
         if before is not None and isinstance(before.optimizer, torch.optim.Optimizer):
-            known = set(self._leaves.values())
-            kept = {leaf: state for leaf, state in before.optimizer.state.items() if leaf in known}
+            present = set(self._leaves.values())
+            kept = {leaf: state for leaf, state in before.optimizer.state.items() if leaf in present}
             self._optimizer.optimizer.state.update(kept)
+
+    def _gradients(self, visited: Iterable[Tensor]) -> list[Tensor | None]:
+        """As Pyro has them: zero for a parameter that is visited without a gradient, but had one before."""
+        visiting = {id(leaf) for leaf in visited}
+        found = {id(leaf) for leaf in self._leaves.values() if leaf.grad is not None}
+        if not found <= self._moved and not capturing():
+            self._moved |= found
+            self._replay.forget()
+        zero = (visiting & self._moved) - found
+        return [torch.zeros_like(leaf) if id(leaf) in zero else leaf.grad for leaf in self._leaves.values()]
 
     def _apply(self, outputs: Outputs) -> None:
         assert self._optimizer is not None

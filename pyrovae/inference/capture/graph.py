@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
-from pyrovae.inference.capture.journal import undone
+from pyrovae.inference.capture.journal import Journal, undone
 from pyrovae.inference.capture.quiet import CannotCapture, place, quiet
 from pyrovae.ops.opaque import kept
 
@@ -75,8 +75,18 @@ def capture(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[T
         CannotCapture: where the run takes Python numbers or shapes from values that it computes, or fails.
     """
     with undone() as journal, quiet() as mode, kept() as opaque:
+        tracked: Any = None
+
+        def run(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+            nonlocal tracked
+            tracked = get_proxy_mode().tracer.tensor_tracker  # type: ignore[union-attr]
+            return tuple(function(*tensors))
+
         try:
-            module = make_fx(lambda *tensors: tuple(function(*tensors)))(*inputs)
+            module = make_fx(run)(*(tensor.detach() for tensor in inputs))  # as tensors of their own, whatever they alias
+            _check_static(module)
+            graph, constants = _lifted(module)
+            _check_gradients(constants, tracked, journal)
         except CannotCapture as error:
             raise CannotCapture(str(error).splitlines()[0]) from error  # Pyro adds a table of shapes to what passes through it
         except Exception as error:
@@ -84,14 +94,33 @@ def capture(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[T
             if "value out of a tracing tensor" in what:
                 what = "an operation reads the value of a tensor that the run computes"
             raise CannotCapture(
-                f"expected a program that can be recorded, got {type(error).__name__} at {place(error.__traceback__)}: {what}; "
+                f"expected a program that can be recorded, got {type(error).__name__} ({place(error.__traceback__)}): {what}; "
                 "run it eagerly"
             ) from error
-        _check_static(module)
-        graph, constants = _lifted(module)
-        state = tuple(tensor for tensor in (*constants, *inputs) if journal.has(tensor))
+        for k, tensor in enumerate(inputs):
+            if journal.has(tensor):
+                raise CannotCapture(
+                    f"expected programs that leave their arguments as they are, got one that writes its tensor {k}, of shape "
+                    f"{tuple(tensor.shape)}, in place; write a copy"
+                )
+        state = tuple(tensor for tensor in constants if journal.has(tensor))
     found = _pruned(graph, len(inputs), constants)
-    return Graph(num_inputs=len(inputs), state=state, read=tuple(mode.read.values()), opaque=tuple(opaque), **found)
+    read = tuple((journal.read | mode.read).values())
+    return Graph(num_inputs=len(inputs), state=state, read=read, opaque=tuple(opaque), **found)
+
+
+def _check_gradients(constants: Sequence[Tensor], tracked: Any, journal: Journal) -> None:
+    """Refuse gradients of parameters that the function does not return."""
+    outside = [x for x in constants if x.is_leaf and x.requires_grad and x.grad is not None and x.grad in tracked]
+    for leaf in outside:
+        if leaf.grad is not None and not journal.has(leaf.grad):  # else it was there before, and gets its contents back
+            leaf.grad = None
+    if outside:
+        raise CannotCapture(
+            f"expected gradients of parameters that the programs name, got one of a parameter of shape "
+            f"{tuple(outside[0].shape)} that no pyro.param or pyro.module statement of theirs names; name "
+            "it, or turn its requires_grad off"
+        )
 
 
 def _check_static(module: fx.GraphModule) -> None:
@@ -118,6 +147,11 @@ def _lifted(module: fx.GraphModule) -> tuple[fx.Graph, tuple[Tensor, ...]]:
         if node.op != "get_attr":
             continue
         tensor: Any = operator.attrgetter(node.target)(module)
+        if not isinstance(tensor, Tensor):
+            raise CannotCapture(
+                f"expected programs of tensors and draws from torch's own generator, got a {type(tensor).__name__}; leave "
+                "it out"
+            )
         if id(tensor) not in found:
             found[id(tensor)] = (tensor, graph.placeholder(f"constant_{len(found)}"))
             found[id(tensor)][1].meta = dict(node.meta)

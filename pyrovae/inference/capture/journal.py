@@ -17,10 +17,15 @@ _STATISTICS = ("running_mean", "running_var")  # which the schemas of batch norm
 
 
 class Journal(TorchDispatchMode):
-    """Keeps a copy of every storage from before its first change in the block; one that the block made itself is not kept."""
+    """Keeps a copy of every storage from before its first change in the block; one that the block made itself is not kept.
+
+    Attributes:
+        read: tensors from before the block whose value became a Python number in it, with their versions then.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.read: dict[int, tuple[Tensor, int]] = {}
         self._made: set[int] = set()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -33,6 +38,8 @@ class Journal(TorchDispatchMode):
             key = _key(tensor)
             if key not in self._made and key not in self._before:
                 self._before[key] = _whole_storage(tensor)
+        if torch.Tag.data_dependent_output in func.tags:
+            self.read.update((id(x), (x, x._version)) for x in given if _key(x) not in self._made)
         out = func(*args, **(kwargs or {}))
         old = {_key(tensor) for tensor in given}
         self._made.update(key for x in tree_leaves(out) if isinstance(x, Tensor) and (key := _key(x)) not in old)

@@ -15,9 +15,11 @@ import pyro
 import pyro.util
 import torch
 from pyro.infer.util import Dice
-from torch import Tensor
+from torch import Tensor, fx
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 _READS = {
     getattr(Tensor, name): what
@@ -36,6 +38,7 @@ _READS = {
     }.items()
 }
 _OUTSIDE = (*(str(Path(module.__file__).parent) for module in (torch, pyro) if module.__file__), str(Path(__file__).parents[1]))
+_LIBRARIES = ("pyro.", "torch.distributions", "torch.nn")
 
 
 class CannotCapture(RuntimeError):
@@ -67,6 +70,8 @@ class Quiet(TorchFunctionMode):
             return True
         if func in _READS:
             self._check(args[0], f"takes {_READS[func]} of a tensor that the run computes")
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                return func(*args, **(kwargs or {}))
         elif func is Tensor.__getitem__:
             for mask in args[1] if isinstance(args[1], tuple) else (args[1],):
                 if isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.uint8):
@@ -85,21 +90,37 @@ class Quiet(TorchFunctionMode):
 @contextmanager
 def quiet() -> Iterator[Quiet]:
     """A block in which Pyro validates nothing, warns of no NaN, and :class:`Quiet` answers."""
-    isnan = pyro.util.torch_isnan
+    isnan, validate = pyro.util.torch_isnan, Distribution._validate_sample
     pyro.util.torch_isnan = lambda _: False  # type: ignore[assignment]
+    Distribution._validate_sample = lambda *_: None  # type: ignore[method-assign]
     try:
         with pyro.validation_enabled(is_validate=False), Quiet() as mode:
             yield mode
     finally:
         pyro.util.torch_isnan = isnan
+        Distribution._validate_sample = validate  # type: ignore[method-assign]
 
 
 def is_computed(tensor: Tensor) -> bool:
-    """Whether the run that is being recorded computes a tensor from others, so that its value may be another next time."""
+    """Whether a tensor of the run that is being recorded may have other values next time."""
     mode = get_proxy_mode()
     if mode is None or tensor not in mode.tracer.tensor_tracker:
         return False
-    return mode.tracer.tensor_tracker[tensor].constant is None
+    entry = mode.tracer.tensor_tracker[tensor]
+    return entry.constant is None and _varies(entry.proxy.node)
+
+
+def _varies(node: fx.Node) -> bool:
+    """Whether an input, an existing tensor or a draw stands behind a node; not so for `arange` and its like."""
+    todo, seen = [node], {node}
+    while todo:
+        node = todo.pop()
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return True
+        new = [other for other in node.all_input_nodes if other not in seen]
+        seen.update(new)
+        todo += new
+    return False
 
 
 def place(traceback: TracebackType | None = None) -> str:
@@ -108,10 +129,14 @@ def place(traceback: TracebackType | None = None) -> str:
         frames = [(frame, frame.f_lineno) for frame in _stack()]
     else:
         frames = [(frame, line) for frame, line in walk_tb(traceback)][::-1]
+    inner = ""
     for frame, line in frames:
+        name = frame.f_globals.get("__name__", "")
         if _is_users(frame):
-            return f"{Path(frame.f_code.co_filename).name}, line {line}, in {frame.f_code.co_name}"
-    return "in the objective's own code"
+            return f"{inner}{Path(frame.f_code.co_filename).name}, line {line}, in {frame.f_code.co_name}"
+        if not inner and name.startswith(_LIBRARIES):
+            inner = f"in {name}.{frame.f_code.co_name}, called from "
+    return f"{inner}the objective" if inner else "in the objective's own code"
 
 
 def warn(text: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ class Recording:
         version: of the optimizer in `step`.
         exact: whether `replay` gives the bits of the eager programs.
         count: steps taken.
+        next_check: at which step of all recordings it is to be compared with the programs.
     """
 
     graph: Graph
@@ -47,6 +50,7 @@ class Recording:
     version: int = 0
     exact: bool = field(init=False)
     count: int = 0
+    next_check: int = 0
 
     def __post_init__(self) -> None:
         self.replay, self.exact = self.graph, self.device.type == "cpu"
@@ -85,12 +89,16 @@ def record(
         sites, num_outputs = tuple(recorder.sites), len(outputs)
         return (*outputs, *recorder.tensors)
 
-    with Watch.during(*programs) as watch:
-        whole = capture(function, tensors)
-    if watch.rebound is not None:
-        watch.restore()
+    if any(tensor.requires_grad for tensor in tensors):
         raise CannotCapture(
-            f"expected programs that change tensors in place, got a run that has replaced one: {watch.rebound}; write the new "
+            "expected arguments without requires_grad, got one whose gradient a replay would not give; compute it inside of "
+            "the programs, or detach it"
+        )
+    with untouched(programs) as watch:
+        whole = capture(function, tensors)
+    if (rebound := watch.rebound or watch.rebound_among(whole.constants)) is not None:
+        raise CannotCapture(
+            f"expected programs that change tensors in place, got a run that has replaced one: {rebound}; write the new "
             "values with copy_, or run it eagerly"
         )
     if before is not None and (change := structural_change(before, sites)) is not None:
@@ -101,3 +109,22 @@ def record(
     everything = (*tensors, *whole.constants)
     device = next((x.device for x in everything if x.device.type != "cpu"), torch.device("cpu"))
     return Recording(whole.first(num_outputs), whole, sites, watch, device)
+
+
+@contextmanager
+def untouched(programs: Sequence[Any]) -> Iterator[Watch]:
+    """A block after which modules are bound, and Pyro's store is filled, as before it, also where it fails."""
+    store = pyro.get_param_store()
+    parts = (store._params, store._constraints, store._param_to_name)
+    before: list[dict[Any, Any]] = [dict(part) for part in parts]
+    watch: Watch | None = None
+    try:
+        with Watch.during(*programs) as watch:
+            yield watch
+    finally:
+        if watch is not None:
+            watch.restore()
+        for part, contents in zip(parts, before, strict=True):
+            if part.keys() != contents.keys() or any(part[key] is not value for key, value in contents.items()):
+                part.clear()
+                part.update(contents)

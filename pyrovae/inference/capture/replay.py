@@ -18,7 +18,7 @@ from pyrovae.inference.capture.cuda_graph import CudaGraphStep
 from pyrovae.inference.capture.inductor import CannotCompile, compile_graph, find_compiler, steps_to_pay
 from pyrovae.inference.capture.journal import Moment, undone
 from pyrovae.inference.capture.quiet import CannotCapture, warn
-from pyrovae.inference.capture.recording import Outputs, Rebuild, Recording, Run, record
+from pyrovae.inference.capture.recording import Outputs, Rebuild, Recording, Run, record, untouched
 from pyrovae.inference.capture.self_check import alike, compare
 from pyrovae.inference.capture.sites import Site, SiteRecorder
 from pyrovae.inference.capture.watch import Watch, describe_change, flatten, process_flags
@@ -27,8 +27,9 @@ from pyrovae.ops import isolated_rng
 Backend: TypeAlias = Literal["auto", "off", "fx", "inductor", "cudagraph"]
 
 MAX_GRAPHS = 8
-FIRST_CHECK = 10
-CHECK_EVERY = {"cpu": 200, "cuda": 1000}  # a replay on a GPU is that much faster than the programs
+FIRST_CHECKS = (1, 10)  # replays of a recording
+CHECK_EVERY = {"cpu": 200, "cuda": 1000}  # steps, about; a replay on a GPU is that much faster than the programs
+JITTER = (-3, 11, -7, -1)  # so that nothing periodic is always missed
 
 
 class Recordable(Protocol):
@@ -89,7 +90,8 @@ class Replay:
         self.steps = 0  # by replay
         self._recordings: dict[tuple[Hashable, Hashable], Recording] = {}
         self._met: dict[tuple[Hashable, Hashable], tuple[Site, ...]] = {}  # kinds that have run eagerly
-        self._num_recorded = 0
+        self._num_recorded, self._num_checks = 0, 0
+        self._change = "arguments are of ever other kinds"  # why the last recording was made anew
         self._told: set[str] = set()
 
     def step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -105,7 +107,11 @@ class Replay:
         tensors, rebuild, signature = flatten(args, dict(kwargs))
         kind = (signature, process_flags())
         recording = self._recordings.get(kind)
-        if recording is None or recording.change() is not None:
+        if recording is not None and (change := recording.change()) is not None:
+            self._change = change
+            del self._recordings[kind], self._met[kind]
+            recording = None
+        if recording is None:
             if not self.dry and kind not in self._met:
                 return self._applied(self._meet(kind, tensors, args, kwargs))
             recording = self._record(kind, tensors, rebuild, args, kwargs)
@@ -114,8 +120,9 @@ class Replay:
         return self._replayed(recording, tensors, args, kwargs)
 
     def forget(self) -> None:
-        """Record anew what comes: the programs' parameters are others."""
+        """Let the next step of every kind be the first again."""
         self._recordings.clear()
+        self._met.clear()
 
     def _applied(self, outputs: Outputs) -> Tensor:
         self.apply(outputs)
@@ -131,21 +138,48 @@ class Replay:
         if self._pays(recording):
             self._compile(recording, tensors)
             recording.step = None
-        if self.steps == FIRST_CHECK or self.steps % CHECK_EVERY.get(recording.device.type, 200) == 0:
-            outputs, difference = compare(recording, tensors, lambda: self.run(args, kwargs))
-            if difference is not None:
-                self._give_up(
-                    f"the captured graph and the programs differ at step {self.steps} of the graph: {difference}. The steps "
-                    "since the last comparison used what was captured. A program probably reads a Python number that has "
-                    "changed: make it a 0-d tensor that is changed in place, number.fill_(value), or an argument"
-                )
-            return self._applied(outputs)
+        if recording.count in FIRST_CHECKS or self.steps >= recording.next_check:
+            return self._applied(self._compared(recording, tensors, args, kwargs))
         optimizer = self.optimizer() if self._may_be_cuda_graph(recording) else None
         if optimizer is not None and optimizer.capturable:
             optimizer.make_capturable()
             if optimizer.prepare():
                 return self._by_cuda_graph(recording, optimizer, tensors)
         return self._applied(recording.replay(tensors))
+
+    def _compared(
+        self, recording: Recording, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Outputs:
+        """Loss and gradients, after a comparison with the programs; where they differ, those of the programs."""
+        interval = CHECK_EVERY.get(recording.device.type, 200) + JITTER[self._num_checks % len(JITTER)]
+        self._num_checks += 1
+        recording.next_check = self.steps + interval
+        begin = Moment(recording.graph.state)
+        try:
+            outputs, difference = compare(recording, tensors, lambda: self.run(args, kwargs))
+        except RuntimeError as error:
+            begin.put()
+            outputs = self.run(args, kwargs)  # raises what the programs raise themselves
+            difference = f"the graph fails ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        if difference is None:
+            return outputs
+        if recording.count > 1:
+            self._give_up(
+                f"the captured graph and the programs differ at its replay {recording.count}: {difference}. The steps since "
+                "the last comparison used what was captured. A program probably reads a Python number that has changed: "
+                "make it a 0-d tensor that is changed in place, number.fill_(value), or an argument"
+            )
+            return outputs
+        why = (
+            f"the programs cannot be captured: the first replay differs from them: {difference}. They do what a graph of "
+            "tensor operations cannot repeat, such as draws that are not of torch's own generator, a number that changes "
+            "from run to run, or autocast around several steps"
+        )
+        if self.backend != "auto":
+            begin.put()
+            raise CannotCapture(why)
+        self._give_up(why)
+        return outputs
 
     def _eagerly(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outputs:
         """A run under Pyro's validation; the first of its kind."""
@@ -168,7 +202,7 @@ class Replay:
     ) -> Outputs:
         """An eager step, after which arguments of this kind are recorded when they come again."""
         if len(self._met) >= MAX_GRAPHS:
-            change = describe_change(next(reversed(self._met))[0], kind[0])
+            change = describe_change(next(reversed(self._met)), kind)
             self._warn(
                 "kinds",
                 f"arguments of more than {MAX_GRAPHS} kinds have come; those of further kinds run eagerly. The last change: "
@@ -190,15 +224,11 @@ class Replay:
     ) -> Recording | None:
         """Record arguments of a kind; None where the programs run eagerly instead."""
         if self.dry and kind not in self._met:
-            with Watch.during(*self.programs) as watch, undone(), SiteRecorder() as recorder:
+            with untouched(self.programs), undone(), SiteRecorder() as recorder:
                 self._eagerly(tensors, args, kwargs)
-            watch.restore()
             self._met[kind] = tuple(recorder.sites)
-        last = self._recordings.pop(kind, None)
-        self._num_recorded += 1
-        if self._num_recorded > 2 * MAX_GRAPHS:
-            why = "arguments are of ever other kinds" if last is None else last.change()
-            self._give_up(f"the programs have been captured {2 * MAX_GRAPHS} times, the last time because {why}")
+        if self._num_recorded == 2 * MAX_GRAPHS:
+            self._give_up(f"the programs have been captured {2 * MAX_GRAPHS} times, the last time because {self._change}")
             return None
         try:
             recording = record(self.run, tensors, rebuild, self.programs, self._met[kind])
@@ -208,6 +238,7 @@ class Replay:
                 raise
             self._give_up(f"the programs cannot be captured: {error}")
             return None
+        self._num_recorded += 1
         if recording.watch.evaluating:
             self._warn(
                 "evaluation",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Number
 from operator import attrgetter
@@ -51,6 +51,7 @@ class Watch:
         self.devices: set[torch.device] = set()
         self._slots: list[Slot] = []
         self._rebound: list[Slot] = []
+        self._told: list[tuple[str, Tensor]] = []
         self._parameters: list[Tensor] = []
         self._words: list[str] = []
         self._learn: list[bool] = []
@@ -76,7 +77,7 @@ class Watch:
                 yield watch
         finally:
             hook.remove()
-        watch._end(family, store.names, entries)
+            watch._end(family, store.names, entries)
 
     def change(self) -> str | None:
         """What is bound otherwise than at the end of the block, in words; None if nothing.
@@ -103,6 +104,11 @@ class Watch:
         for holder, key, old, _ in self._rebound:
             holder[key] = old
 
+    def rebound_among(self, tensors: Iterable[Tensor]) -> str | None:
+        """What of given tensors the block has replaced, in words."""
+        among = {id(tensor) for tensor in tensors}
+        return next((words for words, old in self._told if id(old) in among), None)
+
     def _end(self, family: _Family, asked: list[str], entries: dict[str, Tensor]) -> None:
         store = pyro.get_param_store()
         known = [name for name in asked if name in entries]
@@ -111,7 +117,8 @@ class Watch:
         family.look_again()
         family.name_by(names)
         self._rebound = [s for s in (*family.slots(), *entered) if isinstance(s[2], Tensor) and s[0].get(s[1]) is not s[2]]
-        self.rebound = next((_rebinding(*slot) for slot in self._rebound if slot[2].grad_fn is None), None)
+        self._told = [(_rebinding(*slot), slot[2]) for slot in self._rebound]
+        self.rebound = next((words for words, old in self._told if old.grad_fn is None), None)
         floats = [s for s in family.slots() if type(s[2]) is float and s[0].get(s[1]) is not s[2]]
         own = {(id(slot[0]), slot[1]) for slot in (*self._rebound, *floats)}
         self._slots = [slot for slot in family.slots(now=True) if (id(slot[0]), slot[1]) not in own]

@@ -99,7 +99,7 @@ def test_a_failing_run_moves_nothing_either() -> None:
         count.add_(1)
         raise ZeroDivisionError("seven")
 
-    with pytest.raises(CannotCapture, match=r"ZeroDivisionError at test_capture_graph.py, line \d+, in run: seven"):
+    with pytest.raises(CannotCapture, match=r"ZeroDivisionError \(test_capture_graph.py, line \d+, in run\): seven"):
         capture(run, [torch.ones(1)])
     assert count == 0
     assert not capturing()
