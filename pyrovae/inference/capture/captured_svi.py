@@ -10,9 +10,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrovae.inference.capture.journal import undone
 from pyrovae.inference.capture.optimizer import OneOptimizer, check_optimizer
 from pyrovae.inference.capture.quiet import CannotCapture
-from pyrovae.inference.capture.recording import Outputs
+from pyrovae.inference.capture.recording import Outputs, untouched
 from pyrovae.inference.capture.replay import Backend, Replay
 from pyrovae.ops.tracing import capturing
 
@@ -30,8 +31,8 @@ class CapturedSVI:
     of their norm. At its first, its 10th and about every 200th replay (1000th on a GPU) the programs run beside it from the
     same random state; where they differ, a warning names the first site that does, and from there on the programs run
     eagerly. So a Python number that a program closes over, and that changes, is stale until then at most: make it a 0-d tensor
-    that is changed in place. Pyro validates the first step of a kind alone, so that data or losses that are NaN later raise
-    nothing; `step` warns of such a loss.
+    that is changed in place. Pyro validates the first step of a kind, and one whose loss is no number; other data outside a
+    support go unseen. Python code of the programs runs at those steps alone: a print, a counter, a list that it fills.
 
     Cost: about a millisecond an operation to record; seconds to compile, which torch keeps on disk for the next process.
 
@@ -41,7 +42,8 @@ class CapturedSVI:
         optim: a Pyro optimizer, whose schedules, clipping and saved state work as under SVI, or a function from parameters
             to a torch optimizer, `partial(torch.optim.Adam, lr=1e-3)`. Adam, AdamW, SGD and Adagrad are made `fused` where
             nothing is said of it.
-        loss: an objective, `Trace_ELBO()`, `TraceMeanField_ELBO()` or another, ours included.
+        loss: an objective, `Trace_ELBO()`, `TraceMeanField_ELBO()` or another, ours included; or a differentiable function of
+            model, guide and arguments.
         backend: "fx" replays the graph operation by operation. "inductor" compiles it. "cudagraph", on CUDA, makes one CUDA
             graph of the compiled step, optimizer included. "off" is eager, with one optimizer. "auto" replays at once and,
             where there is a compiler, compiles after as many steps as pay for it, by their number, not by a clock; on CUDA
@@ -72,12 +74,13 @@ class CapturedSVI:
         model: Callable[..., Any],
         guide: Callable[..., Any],
         optim: Any,
-        loss: pyro.infer.ELBO,
+        loss: pyro.infer.ELBO | Callable[..., Tensor],
         backend: Backend = "auto",
     ) -> None:
-        self.model, self.guide = model, guide
+        self.model, self.guide, self._objective = model, guide, _objective(loss)
         self._leaves: dict[str, Tensor] = {}
         self._moved: set[int] = set()  # parameters that have had a gradient
+        self._call: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None  # of the present step
         self._several: type | None = None  # the sequence in which an objective gives several losses
         self._replay = Replay(
             self._run,
@@ -86,7 +89,7 @@ class CapturedSVI:
             backend=backend,
             optimizer=lambda: self._optimizer,
         )
-        self.loss, self.optim = loss, optim
+        self.optim = optim
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take a gradient step; the loss, as the objective gives it (a float; several for `ReweightedWakeSleep`).
@@ -95,7 +98,7 @@ class CapturedSVI:
             CannotCapture: if the programs cannot be captured, and a backend other than "auto" was asked for.
             ValueError: for data and parameters on several devices.
         """
-        loss: Any = self._replay.step(args, kwargs).tolist()
+        loss: Any = self.step_async(*args, **kwargs).tolist()
         if self._several is not None:
             return self._several(loss)  # type: ignore[no-any-return]
         pyro.util.warn_if_nan(loss, "loss")
@@ -103,12 +106,16 @@ class CapturedSVI:
 
     def step_async(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a gradient step; the loss as a 0-d tensor (1-d, if several) that a GPU may still be computing."""
-        return self._replay.step(args, kwargs)
+        self._call = (args, kwargs)
+        try:
+            return self._replay.step(args, kwargs)
+        finally:
+            self._call = None
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss without a step, by the eager programs."""
         with torch.no_grad():
-            loss = self.loss.loss(self.model, self.guide, *args, **kwargs)
+            loss = self.loss(self.model, self.guide, *args, **kwargs)
         return float(loss) if not isinstance(loss, (tuple, list)) else type(loss)(map(float, loss))  # type: ignore[return-value]
 
     @property
@@ -123,19 +130,18 @@ class CapturedSVI:
         self._optimizer = OneOptimizer(optim, self._leaves) if self._leaves else None
 
     @property
-    def loss(self) -> pyro.infer.ELBO:
-        """The objective; another one may be assigned."""
-        return self._loss
+    def loss(self) -> Callable[..., Any]:
+        """The objective's function of model, guide and arguments, without gradients, as under SVI."""
+        return self._objective.loss
 
-    @loss.setter
-    def loss(self, loss: pyro.infer.ELBO) -> None:
-        if not hasattr(loss, "loss_and_grads"):
-            raise ValueError(f"expected an objective such as pyro.infer.Trace_ELBO(), got {type(loss).__name__}")
-        if any(base.__name__.startswith("Jit") and base.__module__.startswith("pyro.") for base in type(loss).__mro__):
-            name = type(loss).__name__
-            raise ValueError(f"expected an objective that runs the programs, got {name}; use {name.removeprefix('Jit')}")
-        self._loss = loss
-        self._replay.forget()
+    @property
+    def loss_and_grads(self) -> Callable[..., Any]:
+        """The same with gradients added to the parameters' `.grad`."""
+        return self._objective.loss_and_grads
+
+    def __repr__(self) -> str:
+        """Backend, graphs, and why steps are eager, if they are."""
+        return f"{type(self).__name__}({self._replay})"
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outputs:
         """Loss and gradients, of the parameters in the order in which they were met."""
@@ -143,7 +149,7 @@ class CapturedSVI:
             leaf.grad = None
         with poutine.trace(param_only=True) as used:
             try:
-                loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
                 visited = {name: node["value"].unconstrained() for name, node in used.trace.nodes.items()}
                 self._meet(visited)
                 gradients = self._gradients(visited.values())
@@ -186,10 +192,40 @@ class CapturedSVI:
         return [torch.zeros_like(leaf) if id(leaf) in zero else leaf.grad for leaf in self._leaves.values()]
 
     def _apply(self, outputs: Outputs) -> None:
+        """Move the parameters; where Pyro's validation has something to say of a loss that is no number, let it first."""
+        loss = outputs[0]
         assert self._optimizer is not None
+        assert loss is not None
+        if loss.device.type == "cpu" and not bool(loss.isfinite().all()) and self._call is not None:
+            with untouched((self.model, self.guide)), undone():
+                self._run(*self._call)
         self._optimizer.step(outputs[1:])
 
 
 def _as_tensor(loss: Any) -> Tensor:
     """A loss as the float that it would be."""
     return loss.detach().double() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+
+
+class _Function:
+    """A differentiable function in the place of an objective."""
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        self.loss = loss
+
+    def loss_and_grads(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.loss(*args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss
+
+
+def _objective(loss: Any) -> Any:
+    """What has a loss and its gradients."""
+    if isinstance(loss, type) or not callable(getattr(loss, "loss_and_grads", loss)):
+        given = f"the class {loss.__name__}; write {loss.__name__}()" if isinstance(loss, type) else type(loss).__name__
+        raise ValueError(f"expected an objective such as pyro.infer.Trace_ELBO(), got {given}")
+    if any(base.__name__.startswith("Jit") and base.__module__.startswith("pyro.") for base in type(loss).__mro__):
+        name = type(loss).__name__
+        raise ValueError(f"expected an objective that runs the programs, got {name}; use {name.removeprefix('Jit')}")
+    return loss if hasattr(loss, "loss_and_grads") else _Function(loss)

@@ -30,7 +30,7 @@ _READS = {
         "__int__": "int()",
         "__index__": "int()",
         "__complex__": "complex()",
-        "__format__": "format()",
+        "__format__": "format(), as a print does,",
         "__contains__": "in",
         "tolist": "tolist()",
         "numpy": "numpy()",
@@ -48,10 +48,10 @@ class CannotCapture(RuntimeError):
 class Quiet(TorchFunctionMode):
     """Answers or refuses what would read a tensor's value while a run is recorded.
 
-    `item()` of a float, by which objectives report their loss, gives the 0-d tensor itself, detached and in float64, as a
-    Python float would be. `TraceEnum_ELBO` is told that no probability is zero, and so sums zeros that it would leave out.
-    Any other reading of a value that the run has computed is refused; one of a tensor that was there before is answered, and
-    remembered in `read` with the tensor's version.
+    `item()` of a float, by which objectives report their loss, gives the 0-d tensor itself, detached: to an objective in
+    float64, as a Python float is, to others in the default dtype, which a Python float takes among tensors. `TraceEnum_ELBO`
+    is told that no probability is zero, and so sums zeros that it would leave out. Any other reading of a value that the run
+    has computed is refused; one of a tensor that was there before is answered, and remembered in `read` with its version.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Quiet(TorchFunctionMode):
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
         if func is Tensor.item and args[0].is_floating_point():
-            return args[0].detach().double()
+            return args[0].detach().to(torch.float64 if _in_objective() else torch.get_default_dtype())
         if func is Tensor.__bool__ and _asks_for_zeros():
             return True
         if func in _READS:
@@ -143,6 +143,13 @@ def warn(text: str) -> None:
     """Warn at the line of the user's that is being run."""
     level = next((k for k, frame in enumerate(_stack()) if _is_users(frame)), 1)
     warnings.warn(text, stacklevel=level + 1)
+
+
+def _in_objective() -> bool:
+    """Whether Pyro's own code of inference, or ours, asks."""
+    names = (frame.f_globals.get("__name__", "") for frame in _stack()[1:])
+    caller = next((name for name in names if not name.startswith(("torch", "pyrovae.inference.capture"))), "")
+    return caller.startswith(("pyro.infer", "pyrovae.inference"))
 
 
 def _asks_for_zeros() -> bool:

@@ -86,7 +86,7 @@ class Replay:
         check_backend(backend)
         self.run, self.apply, self.programs, self.backend = run, apply, programs, backend
         self.num_steps, self.dry, self.optimizer, self.tell = num_steps, dry, optimizer, tell
-        self.eager = backend == "off"  # for good
+        self.eager, self._why = backend == "off", ""  # for good
         self.steps = 0  # by replay
         self._recordings: dict[tuple[Hashable, Hashable], Recording] = {}
         self._met: dict[tuple[Hashable, Hashable], tuple[Site, ...]] = {}  # kinds that have run eagerly
@@ -118,6 +118,13 @@ class Replay:
             if recording is None:
                 return self._applied(self.run(args, kwargs))
         return self._replayed(recording, tensors, args, kwargs)
+
+    def __str__(self) -> str:
+        """Backend, graphs, and why steps are eager, if they are."""
+        if self.eager:
+            return f"backend={self.backend!r}" + (f", eager: {self._why}" if self._why else "")
+        compiled = sum(recording.replay is not recording.graph for recording in self._recordings.values())
+        return f"backend={self.backend!r}, {len(self._recordings)} graphs, {compiled} compiled, {self.steps} steps replayed"
 
     def forget(self) -> None:
         """Let the next step of every kind be the first again."""
@@ -166,8 +173,9 @@ class Replay:
         if recording.count > 1:
             self._give_up(
                 f"the captured graph and the programs differ at its replay {recording.count}: {difference}. The steps since "
-                "the last comparison used what was captured. A program probably reads a Python number that has changed: "
-                "make it a 0-d tensor that is changed in place, number.fill_(value), or an argument"
+                "the last comparison used what was captured. A program probably reads a Python number that has changed, "
+                "or a tensor that was replaced: make the number a 0-d tensor that is changed in place, "
+                "number.fill_(value), and tensors arguments"
             )
             return outputs
         why = (
@@ -206,7 +214,7 @@ class Replay:
             self._warn(
                 "kinds",
                 f"arguments of more than {MAX_GRAPHS} kinds have come; those of further kinds run eagerly. The last change: "
-                f"{change}; pass numbers that change as 0-d tensors, and minibatches of one size",
+                f"{change}; pass numbers that change as 0-d tensors, arrays as tensors, and minibatches of one size",
             )
             return self.run(args, kwargs)
         with SiteRecorder() as recorder:
@@ -311,7 +319,7 @@ class Replay:
 
     def _give_up(self, why: str) -> None:
         self._recordings.clear()
-        self.eager = True
+        self.eager, self._why = True, why
         self._warn("eager", f"{why}. From here on the programs run eagerly")
 
     def _warn(self, what: str, text: str) -> None:
@@ -328,7 +336,8 @@ def check_backend(backend: Any) -> None:
         ValueError: with those that there are.
     """
     if backend not in get_args(Backend):
-        raise ValueError(f"expected a backend among {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+        where = "; the device is that of data and parameters" if str(backend).startswith(("cuda", "cpu", "gpu")) else ""
+        raise ValueError(f"expected a backend among {', '.join(map(repr, get_args(Backend)))}, got {backend!r}{where}")
 
 
 def _names(devices: set[torch.device]) -> str:
