@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -126,7 +125,8 @@ def _level(program: Callable[..., Any], name: str) -> float:
 def _part_declares(part: nn.Module) -> bool:
     if any(getattr(part, hooks) for hooks in _HOOKS):
         return False
-    if "capturable" in part.__dict__ or "forward" in part.__dict__:
+    methods = [name for name in part.__dict__ if callable(getattr(type(part), name, None))]
+    if "capturable" in part.__dict__ or methods:
         return part.__dict__.get("capturable") is True
     ours = False
     for cls in type(part).__mro__:
@@ -142,8 +142,8 @@ def _part_declares(part: nn.Module) -> bool:
 
 
 def _writes_methods(cls: type) -> bool:
-    methods = (FunctionType, property, staticmethod, classmethod)
-    return any(isinstance(value, methods) for name, value in vars(cls).items() if name != "__init__")
+    return any(callable(value) or hasattr(value, "__get__") for name, value in vars(cls).items() if name not in _PLAIN)
 
 
+_PLAIN = ("__init__", "__dict__", "__weakref__", "__annotate__", "__annotate_func__")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

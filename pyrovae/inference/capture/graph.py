@@ -7,10 +7,12 @@ tensors (parameters, buffers, 0-d schedules) enter by reference, so that a repla
 from __future__ import annotations
 
 import operator
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -76,17 +78,25 @@ def capture(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[T
     """
     with undone() as journal, quiet() as mode, kept() as opaque:
         tracked: Any = None
+        outputs: tuple[Tensor | None, ...] = ()
 
         def run(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-            nonlocal tracked
+            nonlocal tracked, outputs
             tracked = get_proxy_mode().tracer.tensor_tracker  # type: ignore[union-attr]
-            return tuple(function(*tensors))
+            outputs = tuple(function(*tensors))
+            return outputs
 
+        drawn = _other_generators()
         try:
             module = make_fx(run)(*(tensor.detach() for tensor in inputs))  # as tensors of their own, whatever they alias
+            if _other_generators() != drawn:
+                raise CannotCapture(
+                    "expected draws from torch's generator, got some of NumPy's or Python's, which a replay would repeat; "
+                    "draw with torch"
+                )
             _check_static(module)
             graph, constants = _lifted(module)
-            _check_gradients(constants, tracked, journal)
+            _check_gradients(constants, outputs, tracked, journal)
         except CannotCapture as error:
             raise CannotCapture(str(error).splitlines()[0]) from error  # Pyro adds a table of shapes to what passes through it
         except Exception as error:
@@ -109,9 +119,17 @@ def capture(function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[T
     return Graph(num_inputs=len(inputs), state=state, read=read, opaque=tuple(opaque), **found)
 
 
-def _check_gradients(constants: Sequence[Tensor], tracked: Any, journal: Journal) -> None:
+def _other_generators() -> tuple[Any, ...]:
+    """The states of Python's and NumPy's generators."""
+    name, key, *rest = np.random.get_state()
+    return random.getstate(), name, np.asarray(key).tobytes(), rest
+
+
+def _check_gradients(constants: Sequence[Tensor], outputs: Sequence[Tensor | None], tracked: Any, journal: Journal) -> None:
     """Refuse gradients of parameters that the function does not return."""
-    outside = [x for x in constants if x.is_leaf and x.requires_grad and x.grad is not None and x.grad in tracked]
+    returned = {id(output) for output in outputs}
+    learning = [x for x in constants if x.is_leaf and x.requires_grad and x.grad is not None]
+    outside = [leaf for leaf in learning if leaf.grad in tracked and id(leaf.grad) not in returned]
     for leaf in outside:
         if leaf.grad is not None and not journal.has(leaf.grad):  # else it was there before, and gets its contents back
             leaf.grad = None

@@ -81,11 +81,12 @@ class OneOptimizer:
             self.prepare()
         for leaf, gradient in zip(self._parameters, self._clipped(gradients), strict=True):
             leaf.grad = gradient
+        sparse = any(gradient is not None and gradient.is_sparse for gradient in gradients)  # for which no form is fused
         try:
-            for together in self._together:
-                together.step()
-            for owner in self._alone:
+            for owner in dict.fromkeys(self._owners) if sparse else self._alone:
                 owner.step()
+            for together in () if sparse else self._together:
+                together.step()
         finally:
             for leaf in self._parameters:
                 leaf.grad = None

@@ -11,6 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyrovae.inference.capture.counters import Counters
 from pyrovae.inference.capture.cuda_graph import CudaGraphStep
 from pyrovae.inference.capture.graph import Graph, capture
 from pyrovae.inference.capture.quiet import CannotCapture
@@ -94,8 +95,18 @@ def record(
             "expected arguments without requires_grad, got one whose gradient a replay would not give; compute it inside of "
             "the programs, or detach it"
         )
+    counters = Counters(programs)
     with untouched(programs) as watch:
-        whole = capture(function, tensors)
+        try:
+            whole = capture(function, tensors)
+            change = counters.change()
+        finally:
+            counters.restore()
+    if change is not None:
+        raise CannotCapture(
+            f"expected programs that keep no count, got a run that changes {change}; a replay would not: keep it in a 0-d "
+            "tensor that add_ changes, or run it eagerly"
+        )
     if (rebound := watch.rebound or watch.rebound_among(whole.constants)) is not None:
         raise CannotCapture(
             f"expected programs that change tensors in place, got a run that has replaced one: {rebound}; write the new "

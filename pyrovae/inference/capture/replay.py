@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from pyrovae.inference.capture.counters import Counters
 from pyrovae.inference.capture.cuda_graph import CudaGraphStep
 from pyrovae.inference.capture.inductor import CannotCompile, compile_graph, find_compiler, steps_to_pay
 from pyrovae.inference.capture.journal import Moment, undone
@@ -65,6 +66,7 @@ class Replay:
         num_steps: of the whole optimisation, where it is known.
         dry: run the programs once beside, and undo it, before the first step; else the first step of every kind is eager.
         optimizer: gives what `apply` steps, if that may be part of a CUDA graph.
+        learns: whether the programs are being trained, so that evaluation mode is worth a warning.
         tell: called with what takes time, such as "compiling".
 
     Raises:
@@ -80,6 +82,7 @@ class Replay:
         backend: Backend = "auto",
         num_steps: int | None = None,
         dry: bool = False,
+        learns: bool = True,
         optimizer: Callable[[], Recordable | None] = lambda: None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -87,6 +90,7 @@ class Replay:
         self.run, self.apply, self.programs, self.backend = run, apply, programs, backend
         self.num_steps, self.dry, self.optimizer, self.tell = num_steps, dry, optimizer, tell
         self.eager, self._why = backend == "off", ""  # for good
+        self.learns = learns
         self.steps = 0  # by replay
         self._recordings: dict[tuple[Hashable, Hashable], Recording] = {}
         self._met: dict[tuple[Hashable, Hashable], tuple[Site, ...]] = {}  # kinds that have run eagerly
@@ -232,8 +236,10 @@ class Replay:
     ) -> Recording | None:
         """Record arguments of a kind; None where the programs run eagerly instead."""
         if self.dry and kind not in self._met:
-            with untouched(self.programs), undone(), SiteRecorder() as recorder:
-                self._eagerly(tensors, args, kwargs)
+            counters = Counters(self.programs)
+            with untouched(self.programs), undone(), isolated_rng(0), SiteRecorder() as recorder:
+                self._eagerly(tensors, args, kwargs)  # with other draws than the recorded run, so that what it leaves shows
+            counters.restore()
             self._met[kind] = tuple(recorder.sites)
         if self._num_recorded == 2 * MAX_GRAPHS:
             self._give_up(f"the programs have been captured {2 * MAX_GRAPHS} times, the last time because {self._change}")
@@ -247,7 +253,7 @@ class Replay:
             self._give_up(f"the programs cannot be captured: {error}")
             return None
         self._num_recorded += 1
-        if recording.watch.evaluating:
+        if recording.watch.evaluating and self.learns:
             self._warn(
                 "evaluation",
                 f"captured in evaluation mode: {', '.join(recording.watch.evaluating[:3])}; dropout is off and BatchNorm's "

@@ -165,8 +165,9 @@ class Group:
 
 
 def is_known(owner: Owner) -> bool:
-    """Whether an optimizer of this class may step the parameters of several: torch's own, and Pyro's."""
-    return type(owner).__module__.startswith(("torch.optim", "pyro.optim."))
+    """Whether another of its class may step in its place: torch's own, and Pyro's, without hooks."""
+    hooks = owner._optimizer_step_pre_hooks or owner._optimizer_step_post_hooks
+    return type(owner).__module__.startswith(("torch.optim", "pyro.optim.")) and not hooks
 
 
 def _identified(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,13 +53,16 @@ def check_fault(run: Optimization, fault: Fault) -> None:
         raise FloatingPointError(f"expected finite gradients, got others at step {step}, with a finite loss; {_REMEDY}")
 
 
+_NO_NUMBERS = ("invalid values", "inf`, `nan`", "within the support", "Expected p_in", "expects all elements of std")
+
+
 @contextlib.contextmanager
 def explained(run: Optimization, moment: Moment) -> Iterator[None]:
     """Tell numbers that are no longer finite, which Pyro's validation finds first, from other errors of the programs."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if not any(words in str(error) for words in ("invalid values", "inf`, `nan`", "within the support")):
+        if not any(words in str(error) for words in _NO_NUMBERS):
             raise
         fault = _named_fault(run, moment)
         if fault is None:

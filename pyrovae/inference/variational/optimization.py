@@ -118,6 +118,7 @@ class Optimization:
             backend=self.capture,
             num_steps=self.num_steps,
             dry=self.capture != "fx",  # whose graph has the bits of an eager first step
+            learns=learn_model,
             optimizer=lambda: None if self.update is None else self.update.recordable(),
             tell=lambda text: self.tell(text),
         )
@@ -132,6 +133,7 @@ class Optimization:
         self._hold_chains(held=False)
         for leaf, gradient in self.borrowed:
             leaf.grad = gradient
+        self.replay.forget()
 
     def _hold_chains(self, *, held: bool) -> None:
         """Let the chains of a model that does not learn stay where they are."""

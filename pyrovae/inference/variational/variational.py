@@ -64,7 +64,8 @@ class Variational:
     loss and gradients agree to 1e-5 of their norm, and a resumed run still has the bits of an uninterrupted one of the same
     `num_steps`. Cost: about a millisecond an operation to record, some seconds to compile, which the progress bar tells. What
     takes its course from values, replaces tensors instead of writing in them, or makes parameters later cannot be captured; a
-    Python number that changes is noticed at the 10th and every 200th step. `preprocess`, minibatches, averages and the
+    Python number that changes from outside is noticed at the 10th and about every 200th replay (1000th on a GPU).
+    `preprocess`, minibatches, averages and the
     schedule of the learning rate stay outside of the graph. On CUDA no captured step waits for the device where the
     optimizer is fused: a loss that is no number stops all updates, and is told within 200 steps.
 

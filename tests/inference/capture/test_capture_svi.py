@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -455,6 +456,71 @@ def test_what_a_graph_cannot_repeat_is_found_at_the_first_replay() -> None:
         svi.step(x)
 
 
+class Counting(nn.Module):
+    """A number that the program advances, and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.seen = 0, [0]
+
+    def forward(self, x: Tensor) -> None:
+        self.count += 1
+        self.seen[0] += 1
+        plain(x + (1.0 if self.count > 3 else 0.0))
+
+
+def test_a_number_that_the_program_advances_is_refused() -> None:
+    count = 0
+
+    def closing(x: Tensor) -> None:
+        nonlocal count
+        count += 1
+        plain(x + (1.0 if count > 3 else 0.0))
+
+    x, module = torch.randn(5), Counting()
+    said = {module: "the attribute 'count' of Counting, from 1 to 2", closing: "'count', which closing closes"}
+    for model, words in said.items():
+        found = []
+        for kind in (SVI, CapturedSVI):
+            count = module.count = 0
+            pyro.clear_param_store()
+            svi = kind(model, simple_guide, pyro.optim.Adam(PLAIN), Trace_ELBO())
+            losses(svi, [x])
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                losses(svi, [x] * 5)
+            found.append(pyro.param("loc").detach().clone())
+        assert [words in str(warning.message) for warning in told] == [True]
+        assert torch.equal(*found)
+
+
+def test_draws_of_numpys_global_generator_are_refused() -> None:
+    def model(x: Tensor) -> None:
+        plain(x + float(np.random.standard_normal()))
+
+    svi = CapturedSVI(model, simple_guide, pyro.optim.Adam(PLAIN), Trace_ELBO())
+    x = torch.randn(5)
+    svi.step(x)
+    with pytest.warns(UserWarning, match="some of NumPy's or Python's"):
+        svi.step(x)
+
+
+def test_sparse_gradients_step_as_in_stock_svi() -> None:
+    found = []
+    for kind in (SVI, partial(CapturedSVI, backend="off")):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        table = nn.Embedding(4, 1, sparse=True)
+
+        def model(x: Tensor, table: nn.Embedding = table) -> None:
+            pyro.module("table", table)
+            plain(x + table(torch.arange(len(x)) % 3)[:, 0])
+
+        losses(kind(model, simple_guide, pyro.optim.SGD({"lr": 0.1}), Trace_ELBO()), [torch.ones(5)] * 3)
+        found.append(table.weight.detach().clone())
+    assert torch.allclose(*found, atol=1e-12)
+
+
 def test_a_generator_of_ones_own_and_a_graph_that_fails_are_refused() -> None:
     generator, lstm = torch.Generator(), nn.LSTM(1, 2).float()
 
@@ -611,10 +677,12 @@ def late_parameter(x: Tensor) -> None:
         pyro.param("late", torch.tensor(0.0))
 
 
+CALLS = itertools.count()
+
+
 def random_structure(x: Tensor) -> None:
-    random_structure.calls = getattr(random_structure, "calls", 0) + 1
     with pyro.plate("data", len(x)):
-        family = dist.Normal if random_structure.calls % 2 else dist.Laplace
+        family = dist.Laplace if next(CALLS) % 2 else dist.Normal
         z = pyro.sample("z", family(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
