@@ -14,6 +14,7 @@ from tqdm.auto import trange
 from pyrovae.distributions.boltzmann import BoltzmannMachine
 from pyrovae.distributions.rbm import RBM
 from pyrovae.distributions.undirected import Undirected
+from pyrovae.inference.capture.optimizer import check_steps
 from pyrovae.inference.fit import Fit, check_penalty, state_of, versions
 from pyrovae.inference.undirected.energy import data_energy
 from pyrovae.inference.undirected.free import all_free
@@ -22,7 +23,6 @@ from pyrovae.inference.undirected.negative_phase import NegativePhase, Persisten
 from pyrovae.inference.undirected.settle import leave, mixing, settle, state_of_chains
 from pyrovae.inference.undirected.tempering import Ladder, ParallelTempering, moves_of
 from pyrovae.inference.variational.batches import Batches
-from pyrovae.inference.variational.schedules import check_steps
 from pyrovae.ops import check_enumerable, isolated_rng
 
 

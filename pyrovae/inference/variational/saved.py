@@ -11,9 +11,9 @@ import torch
 from pyro.optim.optim import _get_state_dict, _load_state_dict
 from torch import Tensor
 
+from pyrovae.inference.capture.optimizer import names_in_store
 from pyrovae.inference.fit import root_module
 from pyrovae.inference.variational.checkpoint import describe
-from pyrovae.inference.variational.schedules import names_in_store
 
 if TYPE_CHECKING:
     from pyrovae.inference.variational.optimization import Optimization

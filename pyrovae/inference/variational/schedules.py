@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -12,6 +11,8 @@ import pyro
 import pyro.optim
 import torch
 from torch import Tensor
+
+from pyrovae.inference.capture.optimizer import check_steps
 
 Optimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer] | Any  # or a pyro.optim.PyroOptim
 Schedule: TypeAlias = float | Callable[[int], float]
@@ -94,19 +95,6 @@ def make_optimizer(optim: Optimizer, leaves: list[Tensor]) -> Any:
     return other
 
 
-def check_steps(kind: Any) -> None:
-    """Refuse a torch optimizer that evaluates the loss itself, by a closure.
-
-    Raises:
-        ValueError: with its name.
-    """
-    if isinstance(kind, type) and issubclass(kind, torch.optim.LBFGS):
-        raise ValueError(
-            f"expected an optimizer that steps by one gradient, got {kind.__name__}, which evaluates the loss by a closure; "
-            "take torch.optim.Adam"
-        )
-
-
 def make_scheduler(scheduler: Callable[[Any], Any] | None, optimizer: Any) -> Any:
     """The learning-rate schedule of an optimizer, stepped every gradient step.
 
@@ -126,16 +114,3 @@ def make_scheduler(scheduler: Callable[[Any], Any] | None, optimizer: Any) -> An
             "lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=1000)"
         )
     return made
-
-
-@contextlib.contextmanager
-def names_in_store(named: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a Pyro optimizer, whose arguments may go by name, find the names of parameters that are not in the store."""
-    names = pyro.get_param_store()._param_to_name
-    added = [leaf for name, leaf in named.items() if leaf not in names]
-    names.update({leaf: name for name, leaf in named.items() if leaf not in names})
-    try:
-        yield
-    finally:
-        for leaf in added:
-            del names[leaf]

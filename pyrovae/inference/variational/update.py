@@ -10,9 +10,9 @@ import pyro.optim
 import torch
 from torch import Tensor
 
-from pyrovae.inference.capture.optimizer import OneOptimizer
+from pyrovae.inference.capture.optimizer import OneOptimizer, names_in_store
 from pyrovae.inference.variational.guard import Guard
-from pyrovae.inference.variational.schedules import Average, make_optimizer, make_scheduler, names_in_store
+from pyrovae.inference.variational.schedules import Average, make_optimizer, make_scheduler
 
 if TYPE_CHECKING:
     from pyrovae.inference.variational.variational import Variational

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyrovae.handlers.energy import warn_of_energies
 from pyrovae.handlers.structure import frozen_leaves, read_structure
+from pyrovae.inference.capture.optimizer import check_steps
 from pyrovae.inference.capture.replay import Backend, check_backend
 from pyrovae.inference.draws import DrawsPosterior
 from pyrovae.inference.elbo.exact_likelihood import ExactLikelihood
@@ -26,7 +27,7 @@ from pyrovae.inference.posterior import Bound, Program, States
 from pyrovae.inference.variational.batches import check_device, on_device
 from pyrovae.inference.variational.optimization import Optimization
 from pyrovae.inference.variational.progress import Bar, in_floats
-from pyrovae.inference.variational.schedules import Optimizer, Schedule, check_steps
+from pyrovae.inference.variational.schedules import Optimizer, Schedule
 from pyrovae.inference.variational.training import Training
 from pyrovae.inference.weighing import draw, weigh
 
