@@ -29,6 +29,7 @@ lint: $(VENV)/.installed-test
 
 reproduce: $(VENV)/.installed
 	$(BIN)/python benchmarks/step.py > benchmarks/results/step.txt
+	$(BIN)/python benchmarks/speed.py > benchmarks/results/speed.txt
 	$(BIN)/python benchmarks/reproduce.py all
 	$(BIN)/python benchmarks/reproduce.py tutorial --epochs 30
 	$(BIN)/python benchmarks/draw.py --bfloat16 --minutes 45 --wall 61 --batch 200 --lr 0.002

@@ -77,8 +77,12 @@ def main(repeats: int = 40) -> None:
         "PyTorch by hand, fused Adam": by_hand(x, fused=True),
         "Pyro alone, SVI": by_pyro(x),
         "ours, stock SVI": by_ours(x),
-        "ours, Variational.fit, soft": by_fit(x, partial(Variational, elbo=Trace_ELBO(), temperature=TEMPERATURE)),
-        "ours, Variational.fit, ReinMax": by_fit(x, partial(Variational, elbo=TraceMeanField_ELBO(), surrogate="reinmax")),
+        "ours, Variational.fit, soft": by_fit(
+            x, partial(Variational, elbo=Trace_ELBO(), temperature=TEMPERATURE, capture="off")
+        ),
+        "ours, Variational.fit, ReinMax": by_fit(
+            x, partial(Variational, elbo=TraceMeanField_ELBO(), surrogate="reinmax", capture="off")
+        ),
     }
     seconds = in_turn(jobs, repeats, time.process_time)
     print(f"torch {torch.__version__}, pyro {pyro.__version__}, 1 thread, float32; {STEPS} steps, {repeats} rounds")
