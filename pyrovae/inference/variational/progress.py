@@ -35,8 +35,9 @@ class Bar:
         self.bar.close()
 
     def say(self, text: str) -> None:
-        """Say what takes time, or has taken it."""
+        """Say what takes time, or has taken it, which the forecast leaves out."""
         self.bar.set_description(f"{self.what}, {text}")
+        self.bar.unpause()
 
     def tell(self, step: int, numbers: Callable[[], dict[str, Any]] | None = None) -> None:
         """So many steps are done; `numbers` are asked for where they are shown."""
