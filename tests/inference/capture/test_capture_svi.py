@@ -85,7 +85,7 @@ def trajectory(
     return found, [*(p.detach().clone() for p in modules), pyro.param("widen").detach().clone()]
 
 
-@pytest.mark.parametrize("backend", ["auto", "off", "fx"])
+@pytest.mark.parametrize("backend", ["auto", "off"])  # a run this short is not compiled: "auto" is "fx"
 @pytest.mark.parametrize(
     ("elbo", "hard"),
     [
@@ -276,10 +276,9 @@ def test_another_mode_is_captured_anew() -> None:
     assert found == [pytest.approx(evaluated(svi, x), rel=1e-6)] * 2
 
 
-@pytest.mark.parametrize("backend", ["fx", "auto"])
-def test_kinds_that_alternate_are_compared_each(backend: Any) -> None:
+def test_kinds_that_alternate_are_compared_each() -> None:
     program = Autoencoder()
-    svi = CapturedSVI(program.model, program.guide, pyro.optim.Adam({"lr": 0.0}), Trace_ELBO(), backend=backend)
+    svi = CapturedSVI(program.model, program.guide, pyro.optim.Adam({"lr": 0.0}), Trace_ELBO(), backend="fx")
     batches = [bits(), bits(7)]
     losses(svi, batches * (2 * FIRST_CHECK))
     program.spread = 2.0
@@ -294,7 +293,7 @@ def test_a_periodic_number_is_found() -> None:
 
     def steps() -> None:
         nonlocal calls
-        for _ in range(10 * CHECK_EVERY):
+        for _ in range(5 * CHECK_EVERY):
             calls += 1
             program.spread = 3.0 if calls % 7 == 0 else 1.0
             svi.step_async(x)
