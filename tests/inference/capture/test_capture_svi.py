@@ -295,7 +295,7 @@ def test_a_periodic_number_is_found() -> None:
         nonlocal calls
         for _ in range(5 * CHECK_EVERY):
             calls += 1
-            program.spread = 3.0 if calls % 7 == 0 else 1.0
+            program.spread = 3.0 if calls % 3 == 0 else 1.0
             svi.step_async(x)
 
     with pytest.warns(UserWarning, match="scale of the site 'z'"):
