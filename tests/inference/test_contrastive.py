@@ -61,7 +61,7 @@ def best(x):
         {"negative": "exact"},
         {"batch_size": None},
     ],
-    ids=str,
+    ids=", ".join,
 )
 @pytest.mark.parametrize("make", [lambda: RestrictedBoltzmannMachine(4, 4), lambda: BoltzmannMachine(4, 2)], ids=["rbm", "bm"])
 def test_it_learns(make, options):
@@ -261,7 +261,7 @@ def test_compare_and_clamped_chains():
         {"negative": ParallelTempering(3, 2), "persistent": False},
         {"optim": SGD([torch.zeros(1, requires_grad=True)], lr=0.1)},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match=r"expected .* got|expected persistent=True"):
