@@ -11,6 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyrovae.inference.capture.arguments import Rebuild
 from pyrovae.inference.capture.counters import Counters
 from pyrovae.inference.capture.cuda_graph import CudaGraphStep
 from pyrovae.inference.capture.graph import Graph, capture
@@ -20,7 +21,6 @@ from pyrovae.inference.capture.watch import Watch
 
 Outputs: TypeAlias = tuple[Tensor | None, ...]
 Run: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], Outputs]
-Rebuild: TypeAlias = Callable[[Sequence[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(eq=False)
@@ -64,9 +64,7 @@ class Recording:
         return change
 
 
-def record(
-    run: Run, tensors: Sequence[Tensor], rebuild: Rebuild, programs: Sequence[Any], before: Sequence[Site] | None
-) -> Recording:
+def record(run: Run, tensors: Sequence[Tensor], rebuild: Rebuild, programs: Sequence[Any], before: Sequence[Site]) -> Recording:
     """Record a run; nothing moves.
 
     Args:
@@ -74,7 +72,7 @@ def record(
         tensors: those among its arguments.
         rebuild: makes the arguments of tensors.
         programs: model and guide.
-        before: the sites of an eager run on such arguments, which must be the same; None compares nothing.
+        before: the sites of an eager run on such arguments, which must be the same.
 
     Raises:
         CannotCapture: if the run cannot be recorded, has other sites than before, or rebinds what it reads.
@@ -112,7 +110,7 @@ def record(
             f"expected programs that change tensors in place, got a run that has replaced one: {rebound}; write the new "
             "values with copy_, or run it eagerly"
         )
-    if before is not None and (change := structural_change(before, sites)) is not None:
+    if (change := structural_change(before, sites)) is not None:
         raise CannotCapture(
             f"expected the same sites at every run, got others at the second: {change}; keep the program's structure fixed, or "
             "run it eagerly"

@@ -14,15 +14,16 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from pyrovae.inference.capture.arguments import Rebuild, describe_change, flatten, process_flags
 from pyrovae.inference.capture.counters import Counters
 from pyrovae.inference.capture.cuda_graph import CudaGraphStep
 from pyrovae.inference.capture.inductor import CannotCompile, compile_graph, find_compiler, steps_to_pay
 from pyrovae.inference.capture.journal import Moment, undone
 from pyrovae.inference.capture.quiet import CannotCapture, warn
-from pyrovae.inference.capture.recording import Outputs, Rebuild, Recording, Run, record, untouched
+from pyrovae.inference.capture.recording import Outputs, Recording, Run, record, untouched
 from pyrovae.inference.capture.self_check import alike, compare
 from pyrovae.inference.capture.sites import Site, SiteRecorder
-from pyrovae.inference.capture.watch import Watch, describe_change, flatten, process_flags
+from pyrovae.inference.capture.watch import Watch
 from pyrovae.ops import isolated_rng
 
 Backend: TypeAlias = Literal["auto", "off", "fx", "inductor", "cudagraph"]

@@ -21,10 +21,6 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyrovae.inference.capture.arguments import describe_change, flatten, process_flags
-
-__all__ = ["Watch", "describe_change", "flatten", "process_flags"]
-
 _MISSING = object()
 _requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")  # `module.double()` keeps the Parameter
 Slot = tuple[dict[str, Any], str, Any, str]  # a dict, a key, what it holds, and the name of it in words
